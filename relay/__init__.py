@@ -1,0 +1,3 @@
+"""Agent Relay's shared core: events, Redis model, publishing, recovery."""
+
+__version__ = "0.1.0"
