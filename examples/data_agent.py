@@ -20,6 +20,7 @@ from data_statistics import (
     correlations,
     find_outliers,
     next_chunk,
+    round_to_digits,
     summarize_numbers,
     summarize_text,
 )
@@ -49,7 +50,7 @@ class ResamplingPlan:
 
     most: int = 20_000
     least: int = 200
-    budget_s: float = 2.5
+    budget_s: float = 2.2
     chunk_s: float = 0.06
 
 
@@ -90,7 +91,9 @@ class _DataAgent:
         await run.thinking("Looking for a table in the message", step=1, total_steps=4)
         with _guidance_for_users():
             files = await asyncio.to_thread(list_files, self._folder)
-            request = parse_request(run.request.content, run.request.metadata, files)
+            request = await asyncio.to_thread(
+                parse_request, run.request.content, run.request.metadata, files
+            )
             table = await self._read(run, request)
         analysed = table.numeric[:MAX_ANALYSED_COLUMNS]
         await run.thinking(
@@ -162,7 +165,7 @@ class _DataAgent:
                     texts.append(await asyncio.to_thread(summarize_text, column))
                 await tool.progress(100 * done / len(table.columns), column.name)
             tool.result = {
-                "means": {summary.name: summary.mean for summary in numbers},
+                "means": {summary.name: round_to_digits(summary.mean) for summary in numbers},
                 "missing": sum(summary.missing for summary in (*numbers, *texts)),
             }
         return numbers, texts
@@ -230,6 +233,9 @@ class _DataAgent:
             intervals = await asyncio.to_thread(bootstrap.intervals, CONFIDENCE)
             tool.result = {
                 "resamples": bootstrap.done,
-                "intervals": {one.name: [one.low, one.high] for one in intervals},
+                "intervals": {
+                    one.name: [round_to_digits(one.low), round_to_digits(one.high)]
+                    for one in intervals
+                },
             }
         return Resampling(tuple(intervals), CONFIDENCE, bootstrap.done, SEED)

@@ -306,7 +306,8 @@ def _cell(text: str) -> str:
     flat = " ".join(text.split())
     if len(flat) > MAX_NAME_CHARS:
         flat = f"{flat[: MAX_NAME_CHARS - 1]}…"
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", flat)
+    # An underscore within a word is no markup.
+    return re.sub(r"([\\`*\[\]<>|]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", flat)
 
 
 def _count(number: int, noun: str) -> str:

@@ -15,8 +15,10 @@ from data_table import UnreadableTableError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-MIN_RESAMPLES = 20
-MAX_RESAMPLES = 1_000_000
+MIN_NUMBER_CELL = re.compile(r"(?:^|[,;\t|])\s*[\"']?[+-]?\d[\d.]*[\"']?\s*(?:[,;\t|]|$)", re.ASCII)
+_RESAMPLES = 20
+MAX_NUMBER_CELL = re.compile(r"(?:^|[,;\t|])\s*[\"']?[+-]?\d[\d.]*[\"']?\s*(?:[,;\t|]|$)", re.ASCII)
+_RESAMPLES = 1_000_000
 MAX_FILE_BYTES = 8 * 1024 * 1024
 _SUFFIXES = (".csv", ".tsv")
 
@@ -26,6 +28,7 @@ _FENCED = re.compile(
 )
 _QUOTED_PATH = re.compile(r"[`\"'](?P<path>[^`\"'\n]+\.(?:csv|tsv))[`\"']", re.IGNORECASE)
 _PATH = re.compile(r"(?<![\w./\\~-])(?P<path>[\w./\\~-]*\.(?:csv|tsv))\b", re.IGNORECASE)
+_NUMBER_CELL = re.compile(r"(?:^|[,;\t|])\s*[\"']?[+-]?\d[\d.]*[\"']?\s*(?:[,;\t|]|$)", re.ASCII)
 _RESAMPLES = re.compile(r"\bresamples\s*[=:]\s*(?P<number>[^\s,;]+)", re.IGNORECASE)
 
 
@@ -51,8 +54,8 @@ def parse_request(
 ) -> DataRequest:
     """Find the table or the file in a message.
 
-    A code block wins over a file in the metadata (``file``), that over a table of at
-    least three lines in the text, that over a file named in the text.
+    A code block wins over a file in the metadata (``file``), that over a table in the
+    text, that over a file named in the text.
 
     Args:
         content: The message.
@@ -73,11 +76,11 @@ def parse_request(
         return DataRequest(content, None, file, resamples)
     lines = content.splitlines()
     first, last = find_table_lines(lines)
-    prose = "\n".join(lines[:first] + lines[last:])
-    named = _QUOTED_PATH.search(prose) or _PATH.search(prose)
-    if last - first >= (3 if named else 2):
-        return DataRequest(prose, "\n".join(lines[first:last]), None, resamples)
     named = _QUOTED_PATH.search(content) or _PATH.search(content)
+    # Prose with commas may look like a table; where it names a file, numbers decide.
+    if last > first and (not named or _has_number(lines[first + 1 : last])):
+        prose = "\n".join(lines[:first] + lines[last:])
+        return DataRequest(prose, "\n".join(lines[first:last]), None, resamples)
     if named:
         return DataRequest(content, None, named.group("path").strip(), resamples)
     raise UnreadableTableError("There is no table in the message.", *_guidance(files))
@@ -126,11 +129,13 @@ def read_file(folder: Path, name: str) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise _no_such_file(folder, name) from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise _no_such_file(folder, name)
-        content = file.read(MAX_FILE_BYTES + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if len(content) > MAX_FILE_BYTES:
         raise UnreadableTableError(
             f"The file is larger than {MAX_FILE_BYTES // 1024 // 1024} MiB.", "Use a smaller one."
@@ -217,6 +222,10 @@ def _cell_count(line: str, delimiter: str) -> int:
         return len(next(csv.reader([line], delimiter=delimiter), []))
     except csv.Error:  # a cell beyond the reader's limit
         return 0
+
+
+def _has_number(lines: Sequence[str]) -> bool:
+    return any(_NUMBER_CELL.search(line) for line in lines)
 
 
 def _is_number_list(lines: Sequence[str], first: int) -> bool:

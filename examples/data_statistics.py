@@ -115,6 +115,11 @@ def quantile(ordered: Sequence[float], share: float) -> float:
     return min(max(low + (high - low) * (position - below), low), high)
 
 
+def round_to_digits(value: float, digits: int = 6) -> float:
+    """Give ``value`` with ``digits`` significant digits."""
+    return float(f"{value:.{digits}g}")
+
+
 def summarize_numbers(column: Column) -> NumberSummary:
     """Summarize a numeric column."""
     ordered = sorted(column.values)
@@ -254,6 +259,6 @@ def next_chunk(rounds: int, took_s: float, target_s: float) -> int:
 
     At most fourfold the last one, so that one lucky measurement cannot make a chunk long.
     """
-    if took_s <= 0:
+    if took_s * 4 <= target_s:
         return rounds * 4
-    return max(1, min(rounds * 4, round(rounds * target_s / took_s)))
+    return max(1, round(rounds * target_s / took_s))

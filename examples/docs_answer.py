@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from docs_sections import Block
 
 MAX_QUOTED_LINES = 14
+MAX_LINE_CHARS = 900
 
 # Links into the folder lead nowhere from a chat; links to the web are kept.
 _LOCAL_LINK = re.compile(r"!?\[([^\]]*)\]\((?!https?://)[^)]*\)")
@@ -40,8 +41,8 @@ class Passage:
         )
 
     def text(self) -> str:
-        """The quoted lines as they stand in the file."""
-        return "\n".join(block.text for block in self.blocks)
+        """The quoted lines as they stand in the file; very long ones are shortened."""
+        return "\n".join(line for block in self.blocks for line in _lines(block))
 
 
 def keep_relevant(hits: Sequence[Hit], share: float = 0.35) -> list[Hit]:
@@ -60,11 +61,11 @@ def compose_answer(
         missing_terms: The terms that the folder does not have anywhere.
     """
     files = {passage.hit.file for passage in passages}
-    about = f" on {_code_list(terms)}" if terms else ""
+    about = f" on {', '.join(f'`{term}`' for term in terms)}" if terms else ""
     counts = f"{_count(len(passages), 'passage')} in {_count(len(files), 'file')}"
     parts = [f"{counts}{about}, best match first."]
     if missing_terms:
-        parts.append(f"Nothing in the folder mentions {_code_list(missing_terms)}.")
+        parts.append(f"Nothing in the folder mentions {_any_of(missing_terms)}.")
     for number, passage in enumerate(passages, 1):
         parts.append(f"**{_escape(passage.hit.heading)}** [{number}]")
         quote = _quote(passage.blocks)
@@ -82,7 +83,7 @@ def compose_answer(
 def compose_nothing_found(terms: Sequence[str], topics: Sequence[Topic], file_count: int) -> str:
     """Say that nothing matches, and what the folder does talk about."""
     if terms:
-        opening = f"Nothing in the folder mentions {_code_list(terms)}."
+        opening = f"Nothing in the folder mentions {_any_of(terms)}."
     else:
         opening = "There is no word in the question that I could search for."
     parts = [opening, f"The folder's {_count(file_count, 'file')} talk about:"]
@@ -98,12 +99,19 @@ def compose_nothing_found(terms: Sequence[str], topics: Sequence[Topic], file_co
     return "\n\n".join(parts) + "\n"
 
 
+def _lines(block: Block) -> list[str]:
+    return [
+        line if len(line) <= MAX_LINE_CHARS else f"{line[:MAX_LINE_CHARS]}…"
+        for line in block.text.split("\n")
+    ]
+
+
 def _quote(blocks: Sequence[Block]) -> str:
     quoted: list[str] = []
     last_line = 0
     lead = ""
     for block in blocks:
-        lines = block.text.split("\n")
+        lines = _lines(block)
         room = MAX_QUOTED_LINES - len(quoted)
         if room < 1:
             quoted.append("…")
@@ -122,10 +130,11 @@ def _quote(blocks: Sequence[Block]) -> str:
 
 
 def _escape(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>])", r"\\\1", text)
+    # An underscore within a word is no markup.
+    return re.sub(r"([\\`*\[\]<>]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
 
 
-def _code_list(words: Sequence[str]) -> str:
+def _any_of(words: Sequence[str]) -> str:
     shown = [f"`{word}`" for word in words]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
 

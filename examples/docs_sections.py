@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-_ATX_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
+_ATX_HEADING = re.compile(r" {0,3}(#{1,6})(?=[ \t]|$)")
 _SETEXT_UNDERLINE = re.compile(r" {0,3}(=+|-{2,})[ \t]*$")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])\s+\S")
-_TABLE_RULE = re.compile(r"\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$")
-_INLINE_MARKUP = re.compile(r"[`*]+|!?\[([^\]]*)\]\([^)]*\)")
+_LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +100,7 @@ def split_sections(file: str, text: str) -> list[Section]:
 
 def plain_text(markdown: str) -> str:
     """Give a heading without its inline markup."""
-    return _INLINE_MARKUP.sub(lambda match: match.group(1) or "", markdown).strip()
+    return re.sub(r"[`*]", "", _LINK.sub(r"\1", markdown)).strip()
 
 
 def _front_matter_end(lines: Sequence[str]) -> int:
@@ -120,13 +119,19 @@ def _headings(lines: Sequence[str], start: int) -> Iterator[_Heading]:
             index = _fence_end(lines, index, len(lines))
             continue
         if match := _ATX_HEADING.match(line):
-            name = plain_text(match.group(2) or "") or "(untitled)"
-            yield _Heading(len(match.group(1)), name, index + 1, index + 1)
+            name = plain_text(_without_closing_marks(line[match.end() :]))
+            yield _Heading(len(match.group(1)), name or "(untitled)", index + 1, index + 1)
         elif _is_setext_heading(lines, index):
             level = 1 if lines[index + 1].lstrip().startswith("=") else 2
             yield _Heading(level, plain_text(line) or "(untitled)", index + 1, index + 2)
             index += 1
         index += 1
+
+
+def _without_closing_marks(text: str) -> str:
+    text = text.strip()
+    rest = text.rstrip("#")
+    return rest if not rest or rest[-1] in " \t" else text
 
 
 def _is_setext_heading(lines: Sequence[str], index: int) -> bool:
@@ -189,7 +194,10 @@ def _is_table(lines: Sequence[str], index: int, end: int) -> bool:
         index + 1 < end
         and "|" in lines[index]
         and "|" in lines[index + 1]
-        and _TABLE_RULE.match(lines[index + 1]) is not None
+        and all(
+            "-" in cell and not cell.strip(" \t:-")
+            for cell in lines[index + 1].strip().strip("|").split("|")
+        )
     )
 
 

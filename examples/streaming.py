@@ -26,7 +26,7 @@ class Pace:
     """
 
     piece_ms: float = 8.0
-    longest_ms: float = 1_500.0
+    longest_ms: float = 1_200.0
 
     def delay_s(self, piece_count: int) -> float:
         """Give the time from one piece to the next for a text of ``piece_count`` pieces."""
