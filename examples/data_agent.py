@@ -166,7 +166,7 @@ class _DataAgent:
                 await tool.progress(100 * done / len(table.columns), column.name)
             tool.result = {
                 "means": {summary.name: round_to_digits(summary.mean) for summary in numbers},
-                "missing": sum(summary.missing for summary in (*numbers, *texts)),
+                "missing": sum(one.missing for one in numbers) + sum(one.missing for one in texts),
             }
         return numbers, texts
 

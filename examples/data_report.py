@@ -119,11 +119,8 @@ def _headlines(findings: Findings) -> list[str]:
             f"- **{_cell(best.first)}** and **{_cell(best.second)}** have a {_strength(best.r)} "
             f"correlation (r = {best.r:+.2f} over {_count(best.pairs, 'row')})."
         )
-    missing = [
-        (summary.missing, summary.name)
-        for summary in (*findings.numbers, *findings.texts)
-        if summary.missing
-    ]
+    summaries: list[NumberSummary | TextSummary] = [*findings.numbers, *findings.texts]
+    missing = [(summary.missing, summary.name) for summary in summaries if summary.missing]
     if missing:
         count, name = max(missing)
         total = sum(number for number, _ in missing)

@@ -8,17 +8,15 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_table import UnreadableTableError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-MIN_NUMBER_CELL = re.compile(r"(?:^|[,;\t|])\s*[\"']?[+-]?\d[\d.]*[\"']?\s*(?:[,;\t|]|$)", re.ASCII)
-_RESAMPLES = 20
-MAX_NUMBER_CELL = re.compile(r"(?:^|[,;\t|])\s*[\"']?[+-]?\d[\d.]*[\"']?\s*(?:[,;\t|]|$)", re.ASCII)
-_RESAMPLES = 1_000_000
+MIN_RESAMPLES = 20
+MAX_RESAMPLES = 1_000_000
 MAX_FILE_BYTES = 8 * 1024 * 1024
 _SUFFIXES = (".csv", ".tsv")
 
@@ -192,7 +190,7 @@ def _guidance(files: Sequence[str]) -> list[str]:
 
 
 def _resamples(content: str, metadata: Mapping[str, object]) -> int | None:
-    wanted: object = metadata.get("resamples")
+    wanted: Any = metadata.get("resamples")
     if wanted is None:
         match = _RESAMPLES.search(content)
         if match is None:
@@ -201,13 +199,13 @@ def _resamples(content: str, metadata: Mapping[str, object]) -> int | None:
     if isinstance(wanted, str) and re.fullmatch(r"\d{1,9}", wanted, re.ASCII):
         wanted = int(wanted)
     is_number = isinstance(wanted, int) and not isinstance(wanted, bool)
-    if not (is_number and MIN_RESAMPLES <= int(str(wanted)) <= MAX_RESAMPLES):
+    if not is_number or not MIN_RESAMPLES <= wanted <= MAX_RESAMPLES:
         raise UnreadableTableError(
             "The option “resamples” must be a whole number from "
             f"{MIN_RESAMPLES} to {MAX_RESAMPLES:,}.",
             "For example: resamples=2000. Leave it out for as many as a few seconds allow.",
         )
-    return int(str(wanted))
+    return int(wanted)
 
 
 def _starts_table(line: str, following: str) -> bool:
