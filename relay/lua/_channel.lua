@@ -1,0 +1,113 @@
+-- Every script begins with this file: one user's channel, opened by the rules that keep it right.
+--
+-- KEYS  1 channel  2 log  3 texts  4 live  5 runs  6 threads  (7 run, where one is concerned)
+-- ARGV  1 instance: master_replid as the caller learned it when it connected
+--       2 epoch: a random one, used only if this call has to begin a new history
+--       3 most events in the log  4 their greatest age in ms  5 their greatest sum in bytes
+--       6 … the operation's own
+--
+-- Order of work in every operation: open the channel, check everything, then write.
+
+local CHANNEL, LOG, TEXTS, LIVE, RUNS, THREADS, RUN =
+  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local BASE = string.sub(CHANNEL, 1, -8)
+local MAX_EVENTS, MAX_AGE_MS, MAX_BYTES = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+
+local WIRE_VERSION = 1
+local KIND_EVENT, KIND_TEXT = 0, 1
+local BODY_THRESHOLD = 65536
+local MAX_PREVIOUS = 8
+local TOUCH_MS = 60000
+local LOG_MARGIN_MS = 3600000
+local TEXT_AFTER_RUN_MS = 300000
+local JUST_ENDED_MS = 300000
+local RUN_AFTER_END_MS = 86400000
+local RUN_ACTIVE_MS = 604800000
+
+local clock = redis.call('TIME')
+local NOW = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
+
+-- Lua writes large numbers with an exponent; Redis ids and our replies need plain digits.
+local function int(number)
+  return string.format('%.0f', number)
+end
+
+local function server_instance()
+  local info = redis.call('INFO', 'replication')
+  return string.match(info, 'master_replid:(%x+)') or ARGV[1]
+end
+
+local function drop_history()
+  for _, name in ipairs(redis.call('ZRANGE', TEXTS, 0, -1)) do
+    redis.call('UNLINK', BASE .. 'text:' .. name)
+  end
+  redis.call('UNLINK', LOG, TEXTS)
+end
+
+local function begin_epoch(channel, instance)
+  local previous = channel.epoch .. ':' .. int(channel.offset)
+  local kept = 1
+  for entry in string.gmatch(channel.previous, '%S+') do
+    if kept < MAX_PREVIOUS then
+      previous = previous .. ' ' .. entry
+      kept = kept + 1
+    end
+  end
+  channel.previous = previous
+  channel.epoch = ARGV[2]
+  channel.instance = instance
+  redis.call('HSET', CHANNEL, 'epoch', channel.epoch, 'previous', previous, 'instance', instance)
+  -- An empty batch of another epoch makes every gateway read the channel again.
+  redis.call('PUBLISH', LIVE, cmsgpack.pack({WIRE_VERSION, channel.epoch, {}}))
+end
+
+local function touch(channel)
+  channel.touched = NOW
+  channel.needs_touch = false
+  redis.call('HSET', CHANNEL, 'touched', int(NOW))
+  -- The channel goes before its log, never after: a log without its counters is dropped as a
+  -- whole, counters without their log would promise events that are gone.
+  redis.call('PEXPIRE', CHANNEL, MAX_AGE_MS)
+  redis.call('PEXPIRE', LOG, MAX_AGE_MS + LOG_MARGIN_MS)
+  redis.call('PEXPIRE', TEXTS, RUN_ACTIVE_MS)
+  redis.call('PEXPIRE', RUNS, RUN_ACTIVE_MS)
+  redis.call('PEXPIRE', THREADS, RUN_ACTIVE_MS)
+end
+
+local function open_channel()
+  local stored = redis.call('HMGET', CHANNEL,
+    'epoch', 'offset', 'floor', 'tail', 'bytes', 'instance', 'previous', 'touched')
+  if not stored[1] then
+    -- Rule 2. Entries of a history whose counters are gone would hide behind the new offsets.
+    drop_history()
+    local channel = {epoch = ARGV[2], offset = 0, floor = 0, tail = 0, bytes = 0,
+      instance = server_instance(), previous = '', touched = NOW, needs_touch = true}
+    redis.call('HSET', CHANNEL, 'epoch', channel.epoch, 'offset', '0', 'floor', '0', 'tail', '0',
+      'bytes', '0', 'instance', channel.instance, 'previous', '', 'touched', int(NOW))
+    redis.call('PEXPIRE', CHANNEL, MAX_AGE_MS)
+    return channel
+  end
+  local channel = {epoch = stored[1], offset = tonumber(stored[2]), floor = tonumber(stored[3]),
+    tail = tonumber(stored[4]), bytes = tonumber(stored[5]), instance = stored[6],
+    previous = stored[7] or '', touched = tonumber(stored[8] or '0')}
+  if channel.instance ~= ARGV[1] then
+    -- Rule 1. Ask the server itself: a caller may have connected before a failover.
+    local instance = server_instance()
+    if channel.instance ~= instance then
+      begin_epoch(channel, instance)
+    end
+  end
+  if redis.call('EXISTS', LOG) == 0 then
+    channel.needs_touch = true
+    if channel.tail > channel.floor then
+      -- Rule 3. The log was lost: what it held can no longer be read.
+      channel.floor = channel.tail
+      channel.bytes = 0
+      redis.call('HSET', CHANNEL, 'floor', int(channel.floor), 'bytes', '0')
+    end
+  end
+  if NOW - channel.touched > TOUCH_MS then
+    channel.needs_touch = true
+  end
+  return channel
+end

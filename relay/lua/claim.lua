@@ -1,0 +1,39 @@
+-- Give a run to a worker, by compare-and-set: a duplicate task is harmless.
+--
+-- ARGV  6 run id  7 fence (random)  8 worker id  9 lease in ms
+--
+-- Gives {'claimed', attempt, seq, agent, thread, request, cancel flag, created_ms, epoch}
+--         (the same fence again gives the same answer)
+--       {'taken', worker} | {'waiting'} not its thread's turn | {'ended', status} | {'unknown'}
+
+local run_id, fence, worker = ARGV[6], ARGV[7], ARGV[8]
+
+local channel = open_channel()
+local run = redis.call('HMGET', RUN, 'status', 'fence', 'attempt', 'seq', 'agent', 'thread',
+  'request', 'cancel', 'created_ms', 'lane', 'worker')
+local status = run[1]
+if not status then
+  return {'unknown'}
+end
+local attempt = tonumber(run[3])
+if status == 'completed' or status == 'error' or status == 'cancelled' then
+  return {'ended', status}
+end
+if run[2] ~= fence then
+  if status ~= 'queued' and status ~= 'retrying' then
+    return {'taken', run[11] or ''}
+  end
+  local waiting = redis.call('HGET', THREADS, run[10])
+  if waiting and string.match(waiting, '%S+') ~= run_id then
+    return {'waiting'}
+  end
+  attempt = attempt + 1
+  redis.call('HSET', RUN, 'status', 'running', 'attempt', int(attempt), 'fence', fence,
+    'worker', worker, 'lease_until_ms', int(NOW + tonumber(ARGV[9])), 'batch', '0', 'answer', '',
+    'claimed_ms', int(NOW), 'updated_ms', int(NOW))
+end
+if channel.needs_touch then
+  touch(channel)
+end
+return {'claimed', int(attempt), run[4], run[5], run[6], run[7], run[8] or '', run[9],
+  channel.epoch}

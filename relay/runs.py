@@ -1,0 +1,502 @@
+"""Runs: accepting requests, giving them to workers, cancelling, and looking them up."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import orjson
+
+from relay.codec import RunEnvelope, Task, encode_json
+from relay.errors import DecodingFailed, RequestRefused
+from relay.events import EventType, format_timestamp, validate_data
+from relay.keys import Keys
+from relay.scripts import RedisLink, mapped_errors
+from relay.tasks import dispatch
+
+ThreadPolicy = Literal["enqueue", "reject", "interrupt", "parallel"]
+ENDED = frozenset({"completed", "error", "cancelled"})
+_RUN_ID_BYTES = 15
+_CANCEL_ATTEMPTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RunLimits:
+    """Quotas of one user."""
+
+    max_active: int = 10
+    max_queued: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class AgentInfo:
+    """What workers say about an agent when they start."""
+
+    name: str
+    description: str = ""
+    policy: ThreadPolicy = "enqueue"
+
+    def as_json(self) -> dict[str, str]:
+        """Give the item for a client's list of agents."""
+        return {"name": self.name, "description": self.description}
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitRequest:
+    """A user's request.
+
+    Attributes:
+        message_id: The client's id of this request; the same one again gives the same run.
+        policy: What happens while the thread has an active run; None: as the agent says.
+    """
+
+    user_id: str
+    thread_id: str
+    agent: str
+    content: str
+    message_id: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    policy: ThreadPolicy | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """An accepted request."""
+
+    run_id: str
+    duplicate: bool
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelOutcome:
+    """What became of a request to cancel: the run's status, and whether it was asked before."""
+
+    run_id: str
+    status: str
+    already: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """The user's request as the agent sees it."""
+
+    message_id: str
+    content: str
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A worker's right to carry out one attempt of a run.
+
+    Attributes:
+        fence: Proves to Redis that this attempt is the current one.
+        seq: Number of the run's last lifecycle event so far.
+        epoch: The channel's epoch when the run was claimed.
+    """
+
+    envelope: RunEnvelope
+    request: RunRequest
+    fence: str
+    seq: int
+    epoch: str
+    created_ms: int
+    cancel: dict[str, Any] | None = None
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return self.envelope.run_id
+
+
+@dataclass(frozen=True, slots=True)
+class NotClaimed:
+    """Why a run was not given: ``taken``, ``waiting``, ``ended`` or ``unknown``."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """An active or just-ended run, as a client that has just connected needs it."""
+
+    run_id: str
+    thread_id: str
+    agent: str
+    status: str
+    attempt: int
+    seq: int
+    first_offset: int
+    open_tools: Mapping[str, str]
+    open_inputs: Mapping[str, str]
+    cancel_requested: bool
+    created_ms: int
+    ended_ms: int | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the item of ``runs[]``."""
+        return {
+            "run_id": self.run_id,
+            "thread_id": self.thread_id,
+            "agent": self.agent,
+            "status": self.status,
+            "attempt": self.attempt,
+            "seq": self.seq,
+            "first_offset": self.first_offset,
+            "open_tools": [
+                {"tool_call_id": call, "tool_name": name} for call, name in self.open_tools.items()
+            ],
+            "open_inputs": [
+                {"request_id": request, **orjson.loads(data)}
+                for request, data in self.open_inputs.items()
+            ],
+            "cancel_requested": self.cancel_requested,
+            "created_at": format_timestamp(self.created_ms),
+            "ended_at": None if self.ended_ms is None else format_timestamp(self.ended_ms),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class RunDetail:
+    """One run with the data of its terminal event, once it has one."""
+
+    summary: RunSummary
+    terminal: dict[str, Any] | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the body of ``GET /v1/runs/{id}``."""
+        body = self.summary.as_json()
+        data = None if self.terminal is None else self.terminal["data"]
+        body["result"] = data.get("result") if data and self.summary.status == "completed" else None
+        body["error"] = data if data and self.summary.status == "error" else None
+        return body
+
+
+def derive_run_id(user_id: str, message_id: str) -> str:
+    """Give the run's id: the same user and message always give the same one."""
+    digest = hashlib.blake2b(
+        f"{len(user_id)}:{user_id}{message_id}".encode(), digest_size=_RUN_ID_BYTES
+    ).digest()
+    return "run_" + base64.b32encode(digest).decode().lower()
+
+
+def summary_from_row(row: Sequence[bytes]) -> RunSummary:
+    """Read a run's row of ``read.lua``.
+
+    Raises:
+        DecodingFailed: The run's hash does not hold what it should.
+    """
+    try:
+        (
+            run_id,
+            agent,
+            thread,
+            status,
+            attempt,
+            seq,
+            first,
+            tools,
+            inputs,
+            cancel,
+            created,
+            ended,
+        ) = row[:12]
+        return RunSummary(
+            run_id=run_id.decode(),
+            thread_id=thread.decode(),
+            agent=agent.decode(),
+            status=status.decode(),
+            attempt=int(attempt),
+            seq=int(seq),
+            first_offset=int(first),
+            open_tools=orjson.loads(tools or b"{}"),
+            open_inputs=orjson.loads(inputs or b"{}"),
+            cancel_requested=bool(cancel),
+            created_ms=int(created),
+            ended_ms=int(ended) if ended else None,
+        )
+    except (ValueError, IndexError, AttributeError) as error:
+        raise DecodingFailed(f"a run's hash cannot be read: {error}") from error
+
+
+class RunRegistry:
+    """All runs of all users: submit, claim, cancel, look up.
+
+    Args:
+        link: Where the runs are kept.
+        keys: Their names.
+        limits: Quotas that submit holds each user to.
+    """
+
+    def __init__(self, link: RedisLink, keys: Keys, limits: RunLimits | None = None) -> None:
+        self._link = link
+        self._keys = keys
+        self._limits = limits or RunLimits()
+
+    async def register_agents(self, agents: Sequence[AgentInfo]) -> None:
+        """Make agents known to all gateways."""
+        with mapped_errors(self._link.url):
+            await self._link.client.hset(
+                self._keys.agents,
+                mapping={
+                    agent.name: orjson.dumps(
+                        {"description": agent.description, "policy": agent.policy}
+                    )
+                    for agent in agents
+                },
+            )
+
+    async def agents(self) -> list[AgentInfo]:
+        """List the agents that workers have registered, by name."""
+        with mapped_errors(self._link.url):
+            stored = await self._link.client.hgetall(self._keys.agents)
+        agents = [_agent_from(name, fields) for name, fields in stored.items()]
+        return sorted(agents, key=lambda agent: agent.name)
+
+    async def submit(self, request: SubmitRequest) -> Submitted:
+        """Accept a request, or refuse it without any effect.
+
+        Calling again with the same message id gives the same run.
+
+        Raises:
+            RequestRefused: ``unknown_agent``, ``rate_limited``, ``thread_busy``.
+            RedisUnavailable: Whether it was accepted is unknown; submit it again.
+        """
+        with mapped_errors(self._link.url):
+            stored = await self._link.client.hget(self._keys.agents, request.agent)
+        if stored is None:
+            known = ", ".join(agent.name for agent in await self.agents())
+            raise RequestRefused(
+                "unknown_agent",
+                f"No worker has registered an agent named {request.agent!r}."
+                + (f" Known agents: {known}." if known else " No agent is registered yet."),
+            )
+        policy = request.policy or _agent_from(request.agent, stored).policy
+        run_id = derive_run_id(request.user_id, request.message_id)
+        user = self._keys.user(request.user_id)
+        asked = {
+            "message_id": request.message_id,
+            "content": request.content,
+            "metadata": dict(request.metadata),
+        }
+        envelope = RunEnvelope(run_id, 0, request.thread_id, request.user_id, request.agent)
+        event = envelope.encode(
+            EventType.AGENT_QUEUED, _now_ms(), validate_data(EventType.AGENT_QUEUED, asked)
+        )
+        call = self._link.call(
+            "submit",
+            user,
+            run_id,
+            run_id,
+            request.agent,
+            request.thread_id,
+            policy,
+            encode_json(asked),
+            event,
+            hashlib.sha256(event).hexdigest(),
+            self._limits.max_active,
+            self._limits.max_queued,
+        )
+        [reply] = await self._link.run([call])
+        return await self._submitted(request, run_id, [_text(part) for part in reply])
+
+    async def _submitted(
+        self, request: SubmitRequest, run_id: str, reply: Sequence[str]
+    ) -> Submitted:
+        task = Task(request.user_id, run_id, request.agent)
+        match reply:
+            case ["ok", how, _, _, *interrupted]:
+                if how == "dispatch":
+                    await dispatch(self._link, self._keys, task)
+                for other in interrupted:
+                    await self._interrupt(request.user_id, other)
+                return Submitted(run_id, duplicate=False, status="queued")
+            case ["duplicate", status]:
+                if status == "queued":
+                    # The first submit may have died before its hint; a second one is harmless.
+                    await dispatch(self._link, self._keys, task)
+                return Submitted(run_id, duplicate=True, status=status)
+            case ["thread_busy", active]:
+                raise RequestRefused("thread_busy", f"The thread's run {active} is still active.")
+            case ["rate_limited", "active"]:
+                raise RequestRefused(
+                    "rate_limited",
+                    f"You already have {self._limits.max_active} active runs.",
+                    retry_after_ms=1_000,
+                )
+            case ["rate_limited", _]:
+                raise RequestRefused(
+                    "rate_limited",
+                    f"You already have {self._limits.max_queued} queued runs.",
+                    retry_after_ms=1_000,
+                )
+        raise DecodingFailed(f"submit answered {reply!r}")
+
+    async def _interrupt(self, user_id: str, run_id: str) -> None:
+        try:
+            await self.cancel(user_id, run_id, by="system", reason="interrupted by a newer request")
+        except RequestRefused as refused:
+            # It ended by itself in the meantime, which is what was wanted.
+            if refused.code not in ("run_ended", "unknown_run"):
+                raise
+
+    async def claim(
+        self, user_id: str, run_id: str, worker_id: str, lease_ms: int
+    ) -> Claim | NotClaimed:
+        """Take a queued run for one attempt, or learn why not.
+
+        Raises:
+            RedisUnavailable: Whether it was claimed is unknown; its lease will tell.
+            DecodingFailed: The run's request cannot be read.
+        """
+        fence = secrets.token_hex(8)
+        call = self._link.call(
+            "claim", self._keys.user(user_id), run_id, run_id, fence, worker_id, lease_ms
+        )
+        [reply] = await self._link.run([call])
+        if reply[0] != b"claimed":
+            return NotClaimed(_text(reply[0]))
+        _, attempt, seq, agent, thread, request, cancel, created_ms, epoch = reply
+        try:
+            asked = RunRequest(**orjson.loads(request))
+        except (ValueError, TypeError) as error:
+            raise DecodingFailed(f"the request of run {run_id} cannot be read: {error}") from error
+        return Claim(
+            envelope=RunEnvelope(run_id, int(attempt), _text(thread), user_id, _text(agent)),
+            request=asked,
+            fence=fence,
+            seq=int(seq),
+            epoch=_text(epoch),
+            created_ms=int(created_ms),
+            cancel=orjson.loads(cancel) if cancel else None,
+        )
+
+    async def cancel(
+        self, user_id: str, run_id: str, *, by: str = "user", reason: str | None = None
+    ) -> CancelOutcome:
+        """Ask a run to stop: at once if no worker has it, otherwise through its worker.
+
+        Asking again is harmless; the worker is signalled again.
+
+        Raises:
+            RequestRefused: ``unknown_run`` or ``run_ended``.
+            RedisUnavailable: Whether the request was noted is unknown; ask again.
+        """
+        user = self._keys.user(user_id)
+        for _ in range(_CANCEL_ATTEMPTS):
+            with mapped_errors(self._link.url):
+                stored = await self._link.client.hmget(
+                    user.run(run_id), ["attempt", "thread", "agent", "created_ms"]
+                )
+            if stored[0] is None:
+                raise RequestRefused("unknown_run")
+            attempt, now_ms = int(_text(stored[0])), _now_ms()
+            envelope = RunEnvelope(run_id, attempt, _text(stored[1]), user_id, _text(stored[2]))
+            flag = {"by": by, "reason": reason}
+            ended = {**flag, "duration_ms": max(0, now_ms - int(_text(stored[3])))}
+            call = self._link.call(
+                "cancel",
+                user,
+                run_id,
+                run_id,
+                attempt,
+                orjson.dumps(flag),
+                _encode(envelope, EventType.CANCEL_REQUESTED, now_ms, flag),
+                _encode(envelope, EventType.AGENT_CANCELLED, now_ms, ended),
+            )
+            [reply] = await self._link.run([call])
+            outcome = await self._cancelled(user_id, run_id, flag, [_text(part) for part in reply])
+            if outcome is not None:
+                return outcome
+        raise RequestRefused("internal", "The run changes too quickly to be cancelled. Try again.")
+
+    async def _cancelled(
+        self, user_id: str, run_id: str, flag: Mapping[str, Any], reply: Sequence[str]
+    ) -> CancelOutcome | None:
+        match reply:
+            case ["requested", worker]:
+                await self._signal(worker, user_id, run_id, flag)
+                return CancelOutcome(run_id, "cancel_requested", already=False)
+            case ["already", _, worker]:
+                await self._signal(worker, user_id, run_id, flag)
+                return CancelOutcome(run_id, "cancel_requested", already=True)
+            case ["cancelled", next_run, next_agent]:
+                if next_run:
+                    await dispatch(self._link, self._keys, Task(user_id, next_run, next_agent))
+                return CancelOutcome(run_id, "cancelled", already=False)
+            case ["ended", status]:
+                raise RequestRefused("run_ended", f"The run has already ended: {status}.")
+            case ["unknown"]:
+                raise RequestRefused("unknown_run")
+            case ["changed", _]:
+                return None
+        raise DecodingFailed(f"cancel answered {reply!r}")
+
+    async def _signal(
+        self, worker_id: str, user_id: str, run_id: str, flag: Mapping[str, Any]
+    ) -> None:
+        """Wake the run's worker. The flag in the run's hash is what counts."""
+        if not worker_id:
+            return
+        signal = {"kind": "cancel", "user_id": user_id, "run_id": run_id, **flag}
+        with mapped_errors(self._link.url):
+            await self._link.client.publish(self._keys.worker(worker_id), orjson.dumps(signal))
+
+    async def list_runs(self, user_id: str) -> list[RunSummary]:
+        """List a user's active and just-ended runs, oldest first.
+
+        Raises:
+            RedisUnavailable: Redis did not answer.
+        """
+        call = self._link.call("read", self._keys.user(user_id), None, 2**53, 1, "runs")
+        [reply] = await self._link.run([call])
+        return [summary_from_row(row) for row in reply[7]]
+
+    async def get(self, user_id: str, run_id: str) -> RunDetail | None:
+        """Look up a user's run; None where the user has no such run (any more).
+
+        Raises:
+            RedisUnavailable: Redis did not answer.
+            DecodingFailed: The stored run cannot be read.
+        """
+        user = self._keys.user(user_id)
+        names = ["agent", "thread", "status", "attempt", "seq", "first_offset", "open_tools"]
+        names += ["open_inputs", "cancel", "created_ms", "ended_ms", "result_offset", "terminal"]
+        with mapped_errors(self._link.url):
+            stored = await self._link.client.hmget(user.run(run_id), names)
+            if stored[0] is None:
+                return None
+            terminal = stored[12]
+            if terminal is None and stored[11]:
+                terminal = await self._link.client.get(user.body(int(stored[11])))
+        summary = summary_from_row([run_id.encode(), *(_bytes(part) for part in stored[:11])])
+        return RunDetail(summary, None if terminal is None else orjson.loads(terminal))
+
+
+def _agent_from(name: bytes | str, stored: bytes | str) -> AgentInfo:
+    fields = orjson.loads(stored)
+    return AgentInfo(_text(name), fields.get("description", ""), fields.get("policy", "enqueue"))
+
+
+def _encode(
+    envelope: RunEnvelope, event_type: EventType, now_ms: int, data: dict[str, Any]
+) -> bytes:
+    return envelope.encode(event_type, now_ms, validate_data(event_type, data))
+
+
+def _text(value: bytes | str | None) -> str:
+    return value.decode() if isinstance(value, bytes) else (value or "")
+
+
+def _bytes(value: bytes | str | None) -> bytes:
+    return value.encode() if isinstance(value, str) else (value or b"")
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,301 @@
+"""The link to Redis: connections that know their server, and the Lua scripts.
+
+Every change of state is one script. Each call carries the identity of the server
+(``master_replid``) as it was when the connection was made: after a failover or a restart that
+lost history, the script notices and begins a new epoch (ADR 0001).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import secrets
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, NamedTuple
+
+from redis import exceptions as redis_errors
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from relay.errors import RedisMisconfigured, RedisUnavailable, RelayError
+from relay.keys import UserKeys
+
+OLDEST_REDIS = (6, 2)
+SCHEMES = ("redis", "rediss", "unix", "valkey", "valkeys")
+
+_PARTS: dict[str, tuple[str, ...]] = {
+    "publish": ("_channel", "_append", "_run", "publish"),
+    "submit": ("_channel", "_append", "_run", "submit"),
+    "claim": ("_channel", "claim"),
+    "cancel": ("_channel", "_append", "_run", "cancel"),
+    "read": ("_channel", "read"),
+    "rotate": ("_channel", "rotate"),
+}
+
+# Answers that say "not now": the server starts, is full, or is no longer the master.
+_PASSING = ("LOADING", "READONLY", "OOM", "BUSY", "MASTERDOWN", "NOREPLICAS", "MISCONF", "TRYAGAIN")
+_RIGHTS = ("NOAUTH", "WRONGPASS", "NOPERM")
+
+
+class ScriptFailed(RelayError):
+    """A script answered with an error that retrying will not cure. This is a defect."""
+
+
+class Script(NamedTuple):
+    """A Lua script and the name under which Redis keeps it."""
+
+    name: str
+    source: bytes
+    sha: str
+
+
+def load_scripts() -> dict[str, Script]:
+    """Read the Lua files of this package; each operation begins with the shared parts."""
+    folder = resources.files("relay") / "lua"
+    scripts = {}
+    for name, parts in _PARTS.items():
+        source = b"\n".join((folder / f"{part}.lua").read_bytes() for part in parts)
+        sha = hashlib.sha1(source, usedforsecurity=False).hexdigest()
+        scripts[name] = Script(name, source, sha)
+    return scripts
+
+
+@dataclass(frozen=True, slots=True)
+class LogLimits:
+    """How much of a user's history is kept; events of active runs are kept up to ten times that."""
+
+    max_events: int = 1_000
+    max_age_ms: int = 86_400_000
+    max_bytes: int = 64 * 1024 * 1024
+
+
+class ScriptCall(NamedTuple):
+    """One call, ready to be sent once the connection's server identity is known."""
+
+    script: Script
+    keys: tuple[str, ...]
+    epoch: str
+    args: tuple[str | bytes | int, ...]
+
+
+def hide_password(url: str) -> str:
+    """Give a Redis URL without its password, fit for logs and error texts."""
+    return re.sub(r"(//[^/@:]*:)[^/@]*@", r"\1***@", url)
+
+
+class RedisLink:
+    """Connections to one Redis, with translated errors and script calls.
+
+    Args:
+        url: ``redis://``, ``rediss://`` (TLS), ``valkey://``, ``valkeys://`` or ``unix://``.
+        limits: What the scripts keep of each user's history.
+        max_connections: Most connections at a time; callers wait for a free one.
+        timeout_s: How long a connection attempt or an answer may take.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        limits: LogLimits | None = None,
+        max_connections: int = 16,
+        timeout_s: float = 5.0,
+    ) -> None:
+        scheme = url.partition("://")[0]
+        if scheme not in SCHEMES or "://" not in url:
+            raise RedisMisconfigured(
+                f"{hide_password(url)!r} is not a Redis URL: it must begin with "
+                + ", ".join(f"{name}://" for name in SCHEMES)
+            )
+        self.url = url
+        self.limits = limits or LogLimits()
+        self.timeout_s = timeout_s
+        self.scripts = load_scripts()
+        self._instances: weakref.WeakKeyDictionary[AbstractConnection, str] = (
+            weakref.WeakKeyDictionary()
+        )
+        redis_url = "redis" + url[len("valkey") :] if scheme.startswith("valkey") else url
+        try:
+            self.pool = BlockingConnectionPool.from_url(
+                redis_url,
+                max_connections=max_connections,
+                timeout=timeout_s,
+                protocol=2,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                retry=Retry(NoBackoff(), 0),
+                redis_connect_func=self._on_connect,
+            )
+        except ValueError as error:
+            raise RedisMisconfigured(f"{hide_password(url)!r}: {error}") from error
+        self.client: Redis = Redis(connection_pool=self.pool)
+
+    async def _on_connect(self, connection: AbstractConnection) -> None:
+        await connection.on_connect()
+        await connection.send_command("INFO", "replication", check_health=False)
+        info = await connection.read_response()
+        match = re.search(rb"master_replid:([0-9a-f]+)", info)
+        self._instances[connection] = match[1].decode() if match else "unknown"
+
+    def call(
+        self, name: str, user: UserKeys, run_id: str | None, *args: str | bytes | int
+    ) -> ScriptCall:
+        """Prepare a script call on one user's keys.
+
+        Args:
+            name: The script.
+            user: Whose channel it works on.
+            run_id: The run concerned, if one is.
+            args: The operation's own arguments, from ARGV[6] on.
+        """
+        keys: tuple[str, ...] = (
+            user.channel,
+            user.log,
+            user.texts,
+            user.live,
+            user.runs,
+            user.threads,
+        )
+        if run_id is not None:
+            keys = (*keys, user.run(run_id))
+        return ScriptCall(self.scripts[name], keys, secrets.token_hex(6), args)
+
+    async def run(self, calls: Sequence[ScriptCall]) -> list[Any]:
+        """Send script calls in one pipeline.
+
+        Safe to send again after ``RedisUnavailable``: every script gives the same answer to
+        the same call.
+
+        Returns:
+            The answers in the order of the calls, bytes as Redis sent them.
+
+        Raises:
+            RedisUnavailable: No connection, no answer in time, or "not now" from the server.
+            RedisMisconfigured: Wrong password or missing rights.
+            ScriptFailed: A script failed; nothing can be said about the calls after it.
+        """
+        with mapped_errors(self.url):
+            connection: AbstractConnection = await self.pool.get_connection()  # type: ignore[no-untyped-call]
+        try:
+            with mapped_errors(self.url):
+                return await self._exchange(connection, calls)
+        except BaseException:
+            # Answers may still be on their way; another caller must not read them as its own.
+            await connection.disconnect(nowait=True)
+            raise
+        finally:
+            await self.pool.release(connection)
+
+    async def _exchange(
+        self, connection: AbstractConnection, calls: Sequence[ScriptCall]
+    ) -> list[Any]:
+        await connection.connect()  # type: ignore[no-untyped-call]
+        replies = await self._send(connection, calls)
+        missing = [index for index, reply in enumerate(replies) if _is_unknown_script(reply)]
+        if missing:
+            sources = {calls[index].script.source for index in missing}
+            loads = connection.pack_commands([("SCRIPT", "LOAD", source) for source in sources])
+            await connection.send_packed_command(loads)
+            for _ in sources:
+                await connection.read_response()
+            again = await self._send(connection, [calls[index] for index in missing])
+            for index, reply in zip(missing, again, strict=True):
+                replies[index] = reply
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies
+
+    async def _send(self, connection: AbstractConnection, calls: Sequence[ScriptCall]) -> list[Any]:
+        instance = self._instances[connection]
+        limits = self.limits
+        bounds = (limits.max_events, limits.max_age_ms, limits.max_bytes)
+        commands: list[list[str | bytes | int]] = []
+        for call in calls:
+            command: list[str | bytes | int] = ["EVALSHA", call.script.sha, len(call.keys)]
+            command += call.keys
+            command += (instance, call.epoch, *bounds)
+            command += call.args
+            commands.append(command)
+        await connection.send_packed_command(connection.pack_commands(commands))
+        replies: list[Any] = []
+        for _ in calls:
+            try:
+                replies.append(await connection.read_response())
+            except redis_errors.ResponseError as error:
+                replies.append(error)
+        return replies
+
+    async def check(self) -> None:
+        """Make sure that this Redis can serve the relay.
+
+        Raises:
+            RedisUnavailable: It does not answer.
+            RedisMisconfigured: It answers, but refuses us or is too old.
+        """
+        with mapped_errors(self.url):
+            info = await self.client.info("server")
+        version = str(info.get("redis_version", "0"))
+        numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        if numbers < OLDEST_REDIS:
+            raise RedisMisconfigured(
+                f"Redis at {hide_password(self.url)} is version {version}; "
+                "the relay needs Redis 6.2 or newer, or Valkey."
+            )
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self.client.aclose()
+        await self.pool.aclose()
+
+
+def _is_unknown_script(reply: Any) -> bool:
+    return isinstance(reply, redis_errors.NoScriptError)
+
+
+class mapped_errors:  # noqa: N801 -- used as a statement, like contextlib's own
+    """Translate the client library's errors, once, at the edge."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        """Translate what was raised.
+
+        Raises:
+            RedisUnavailable: The server is away or busy.
+            RedisMisconfigured: The server refuses us.
+            ScriptFailed: Any other error that the server answered.
+        """
+        if error is None or isinstance(error, RelayError):
+            return
+        where = hide_password(self._url)
+        text = str(error)
+        if isinstance(error, redis_errors.AuthenticationError) or text.startswith(_RIGHTS):
+            raise RedisMisconfigured(
+                f"Redis at {where} refuses us: {text} "
+                "Check user and password in RELAY_REDIS_URL and the ACL."
+            ) from error
+        if isinstance(
+            error,
+            redis_errors.ConnectionError
+            | redis_errors.TimeoutError
+            | OSError
+            | asyncio.TimeoutError,
+        ):
+            raise RedisUnavailable(f"Redis at {where} does not answer: {text}") from error
+        if isinstance(error, redis_errors.ResponseError):
+            if text.startswith(_PASSING) or isinstance(error, redis_errors.ReadOnlyError):
+                raise RedisUnavailable(f"Redis at {where} cannot serve us now: {text}") from error
+            raise ScriptFailed(text) from error
