@@ -347,15 +347,30 @@ class RunRegistry:
                 raise
 
     async def claim(
-        self, user_id: str, run_id: str, worker_id: str, lease_ms: int
+        self,
+        user_id: str,
+        run_id: str,
+        worker_id: str,
+        lease_ms: int,
+        *,
+        fence: str | None = None,
     ) -> Claim | NotClaimed:
         """Take a queued run for one attempt, or learn why not.
+
+        Args:
+            user_id: Whose run it is.
+            run_id: The run.
+            worker_id: Who asks; cancel signals go there.
+            lease_ms: How long the claim holds without being renewed.
+            fence: A random one by default. With the fence of an earlier claim the answer is the
+                same again, with the cancel flag as it is now: a claim whose answer was lost is
+                asked for in this way.
 
         Raises:
             RedisUnavailable: Whether it was claimed is unknown; its lease will tell.
             DecodingFailed: The run's request cannot be read.
         """
-        fence = secrets.token_hex(8)
+        fence = fence or secrets.token_hex(8)
         call = self._link.call(
             "claim", self._keys.user(user_id), run_id, run_id, fence, worker_id, lease_ms
         )
