@@ -116,9 +116,10 @@ def _quote(blocks: Sequence[Block]) -> str:
         if room < 1:
             quoted.append("…")
             break
-        if quoted and not (block.lead and block.lead == lead):
-            # A blank line ends what came before; a gap in the lines is shown.
-            quoted.append("" if block.first_line <= last_line + 2 else "\n…\n")
+        follows_on = block.first_line == last_line + 1 or (block.lead and block.lead == lead)
+        if quoted and not follows_on:
+            # A gap of more than an empty line is shown.
+            quoted.append("" if block.first_line == last_line + 2 else "\n…\n")
         if block.lead and block.lead != lead:
             quoted.extend(block.lead.split("\n"))
         cut = lines[:room]

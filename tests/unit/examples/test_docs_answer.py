@@ -30,9 +30,10 @@ def test_an_answer_quotes_its_passages_and_names_their_sources() -> None:
 
 
 def test_lines_that_stand_apart_are_shown_apart() -> None:
-    passage = Passage(hit(), (Block(7, 7, "one"), Block(9, 9, "two"), Block(20, 21, "x\ny")))
-    assert passage.lines == "7-9, 20-21"
-    assert "> one\n>\n> two\n>\n> …\n>\n> x\n> y" in compose_answer([passage], [], [])
+    blocks = (Block(6, 6, "- a"), Block(7, 7, "- b"), Block(9, 9, "two"), Block(20, 21, "x\ny"))
+    passage = Passage(hit(), blocks)
+    assert passage.lines == "6-9, 20-21"
+    assert "> - a\n> - b\n>\n> two\n>\n> …\n>\n> x\n> y" in compose_answer([passage], [], [])
 
 
 def test_table_rows_are_quoted_under_their_header_once() -> None:
