@@ -1,0 +1,236 @@
+"""What a run has published and Redis has not acknowledged: merged, numbered, bounded.
+
+Decides without I/O what the next batch of a run is, and what an answer to it means. The
+publisher sends; ``publish.lua`` has the other half of the contract.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from relay.codec import RunEnvelope
+from relay.errors import PublishRefused, RunEnded, StaleFence
+from relay.events import EventType, Kind
+
+BATCH_BYTES = 512 * 1024
+"""A batch ends when it passes this; one larger event is a batch of its own."""
+
+REPLAY_BYTES = 1024 * 1024
+"""Acknowledged batches kept, in case Redis falls back to an older copy and asks again."""
+
+Arguments = tuple[int | str | bytes, ...]
+
+
+@dataclass(slots=True)
+class _Text:
+    """Pieces of one message that wait to be sent as one delta."""
+
+    message_id: str
+    position: int
+    bytes_before: int
+    pieces: list[str]
+    size_bytes: int
+    timestamp_ms: int
+
+
+@dataclass(slots=True)
+class _Item:
+    """One encoded event in the form of ``publish.lua``'s arguments."""
+
+    arguments: Arguments
+    size_bytes: int
+    progress_of: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A numbered batch. It is sent again exactly as it is until it is acknowledged."""
+
+    number: int
+    arguments: Arguments
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """Redis has the batch.
+
+    Attributes:
+        next_run: Run of the same thread whose turn has come, with its agent; None if none.
+    """
+
+    cancel: bytes | None
+    next_run: tuple[str, str] | None
+
+
+class OutgoingBatches:
+    """The unacknowledged events of one attempt, in order.
+
+    Args:
+        envelope: The attempt.
+        fence: Its fence.
+        epoch: The channel's epoch when the run was claimed.
+    """
+
+    def __init__(self, envelope: RunEnvelope, fence: str, epoch: str) -> None:
+        self._envelope = envelope
+        self._fence = fence
+        self._epoch = epoch
+        self._pending: deque[_Item | _Text] = deque()
+        self._sending: deque[Batch] = deque()
+        self._acknowledged: deque[Batch] = deque()
+        self._acknowledged_bytes = 0
+        self._next_number = 1
+        self._has_urgent = False
+        self._text_since_ms: int | None = None
+        self._is_forced = False
+        self._message_number = 0
+        self._message: tuple[int, int] | None = None
+        self.size_bytes = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether Redis has acknowledged everything."""
+        return not self._pending and not self._sending
+
+    def due_at_ms(self, merge_ms: int) -> int | None:
+        """When the next batch should be sent: 0 at once, None if there is nothing to send."""
+        if self._sending or self._has_urgent:
+            return 0
+        if self._text_since_ms is not None:
+            return self._text_since_ms + merge_ms
+        return None
+
+    def add_event(
+        self,
+        event_type: EventType,
+        event: bytes,
+        *,
+        op: str = "",
+        op_id: str = "",
+        op_value: str = "",
+        digest: str = "",
+    ) -> None:
+        """Take an encoded lifecycle event. It ends the current message."""
+        arguments = (int(event_type.kind), op, op_id, op_value, event, digest)
+        self._pending.append(_Item(arguments, len(event)))
+        self.size_bytes += len(event)
+        self._message = None
+        self._has_urgent = True
+
+    def add_progress(self, tool_call_id: str, event: bytes) -> None:
+        """Take a progress event; it replaces an earlier one of the same tool that still waits."""
+        arguments = (int(Kind.PROGRESS), "", "", "", event, "")
+        last = self._pending[-1] if self._pending else None
+        if isinstance(last, _Item) and last.progress_of == tool_call_id:
+            self._pending.pop()
+            self.size_bytes -= last.size_bytes
+        self._pending.append(_Item(arguments, len(event), tool_call_id))
+        self.size_bytes += len(event)
+        self._has_urgent = True
+
+    def add_text(self, text: str, now_ms: int) -> None:
+        """Take a piece of text; pieces of one message that wait together become one delta."""
+        if self._message is None:
+            self._message_number += 1
+            self._message = (0, 0)
+        position, bytes_before = self._message
+        size = len(text.encode())
+        last = self._pending[-1] if self._pending else None
+        if isinstance(last, _Text) and last.size_bytes < BATCH_BYTES:
+            last.pieces.append(text)
+            last.size_bytes += size
+        else:
+            self._pending.append(
+                _Text(f"m{self._message_number}", position, bytes_before, [text], size, now_ms)
+            )
+        if self._text_since_ms is None:
+            self._text_since_ms = now_ms
+        self._message = (position + len(text), bytes_before + size)
+        self.size_bytes += size
+
+    def next_batch(self) -> tuple[Batch, Arguments]:
+        """Give the batch to send now and the arguments of its script call.
+
+        The same one is given until it is acknowledged.
+        """
+        if not self._sending:
+            self._sending.append(self._freeze())
+        batch = self._sending[0]
+        force = "force" if self._is_forced else ""
+        head = (self._envelope.run_id, self._fence, batch.number, self._epoch, force)
+        return batch, head + batch.arguments
+
+    def _freeze(self) -> Batch:
+        arguments: list[int | str | bytes] = []
+        size = 0
+        while self._pending and (size == 0 or size + self._pending[0].size_bytes <= BATCH_BYTES):
+            item = self._pending.popleft()
+            size += item.size_bytes
+            arguments += self._encode_text(item) if isinstance(item, _Text) else item.arguments
+        waiting = next((item for item in self._pending if isinstance(item, _Text)), None)
+        self._text_since_ms = None if waiting is None else waiting.timestamp_ms
+        self._has_urgent = any(isinstance(item, _Item) for item in self._pending)
+        batch = Batch(self._next_number, tuple(arguments), size)
+        self._next_number += 1
+        return batch
+
+    def _encode_text(self, item: _Text) -> Arguments:
+        text = "".join(item.pieces)
+        data = {"message_id": item.message_id, "position": item.position, "text": text}
+        event = self._envelope.encode(EventType.TEXT_DELTA, item.timestamp_ms, data)
+        return (int(Kind.TEXT), "", item.message_id, text, event, item.bytes_before)
+
+    def receive_answer(self, batch: Batch, answer: Sequence[Any]) -> Acknowledged | None:
+        """Take the script's answer to a batch.
+
+        Returns:
+            What was acknowledged; None if batches have to be sent again first.
+
+        Raises:
+            StaleFence: Another attempt owns the run.
+            RunEnded: The run has its terminal event.
+            PublishRefused: Redis does not know the run, or batches are missing.
+        """
+        kind = bytes(answer[0])
+        if kind == b"ok":
+            _, epoch, _, _, _, cancel, next_run, next_agent = answer
+            self._epoch = epoch.decode()
+            self._is_forced = False
+            self._sending.popleft()
+            self.size_bytes -= batch.size_bytes
+            self._remember(batch)
+            following = (next_run.decode(), next_agent.decode()) if next_run else None
+            return Acknowledged(cancel or None, following)
+        if kind == b"expected":
+            self._send_again_from(int(answer[1]))
+            return None
+        run_id = self._envelope.run_id
+        if kind == b"stale":
+            raise StaleFence(f"attempt {self._envelope.attempt} of {run_id} has been superseded")
+        if kind == b"ended":
+            raise RunEnded(run_id, answer[1].decode())
+        raise PublishRefused(
+            f"run {run_id}: Redis answered {kind.decode()} to batch {batch.number}"
+        )
+
+    def _remember(self, batch: Batch) -> None:
+        self._acknowledged.append(batch)
+        self._acknowledged_bytes += batch.size_bytes
+        while self._acknowledged_bytes > REPLAY_BYTES and len(self._acknowledged) > 1:
+            self._acknowledged_bytes -= self._acknowledged.popleft().size_bytes
+
+    def _send_again_from(self, number: int) -> None:
+        """History was rewound: put what Redis has lost before what it has not yet seen."""
+        again = [batch for batch in self._acknowledged if batch.number >= number]
+        if not again or again[0].number > number:
+            # The buffer does not reach back that far. Clients get a reset for the lost part.
+            self._is_forced = True
+        for batch in reversed(again):
+            self._acknowledged.pop()
+            self._acknowledged_bytes -= batch.size_bytes
+            self._sending.appendleft(batch)
+            self.size_bytes += batch.size_bytes
