@@ -214,8 +214,9 @@ class EmbeddedRedis:
         try:
             self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._take_lock()
-            server = self.server or await asyncio.to_thread(find_server)
-            self.server = server
+            if self.server is None:
+                self.server = await asyncio.to_thread(find_server)
+            server = self.server
             self.log_path.write_text("")
             if isinstance(server, ServerProgram):
                 await self._start_program(server)
