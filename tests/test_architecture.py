@@ -189,37 +189,35 @@ def test_relay_answers_at_once(arguments: list[str]) -> None:
 
 def test_first_words_of_all_commands_are_known() -> None:
     # A word that is neither a target nor a command here is likely a slip of the pen.
-    known = set(
-        [
-            "make",
-            "relay",
-            "docker",
-            "docker-compose",
-            "python",
-            "python3",
-            "pip",
-            "git",
-            "cd",
-            "curl",
-            "openssl",
-            "echo",
-            "export",
-            "bash",
-            "redis-cli",
-            "redis-server",
-            "pytest",
-            "apt-get",
-            "brew",
-            "cp",
-            "mkdir",
-            "uvicorn",
-            "kill",
-            ".venv/bin/relay",
-            ".venv/bin/python",
-            ".venv/bin/pre-commit",
-            ".venv/bin/pytest",
-        ]
-    )
+    known = {
+        "make",
+        "relay",
+        "docker",
+        "docker-compose",
+        "python",
+        "python3",
+        "pip",
+        "git",
+        "cd",
+        "curl",
+        "openssl",
+        "echo",
+        "export",
+        "bash",
+        "redis-cli",
+        "redis-server",
+        "pytest",
+        "apt-get",
+        "brew",
+        "cp",
+        "mkdir",
+        "uvicorn",
+        "kill",
+        ".venv/bin/relay",
+        ".venv/bin/python",
+        ".venv/bin/pre-commit",
+        ".venv/bin/pytest",
+    }
     unknown = {
         f"{document.relative_to(ROOT)}: {words[0]}"
         for document in documents()
