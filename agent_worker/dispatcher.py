@@ -1,0 +1,311 @@
+"""Takes tasks while there is room, claims their runs and carries them out.
+
+The dispatcher never has more tasks in hand than the worker's concurrency. A task stays in its
+stream until its run has ended here, so that it is found again if this process dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import structlog
+
+from agent_worker import metrics
+from agent_worker.definition import AgentDefinition
+from agent_worker.execution import (
+    REFUSED,
+    UNFINISHED,
+    CancelAsked,
+    RunExecution,
+    WorkerStops,
+    cancel_asked,
+)
+from agent_worker.patience import REDIS_AWAY, delays, until_redis_answers
+from agent_worker.run import Request, RunInfo
+from agent_worker.task_streams import EntryKey, GroupMissing, TaskEntry, TaskStreams
+from relay.codec import Task, decode_task
+from relay.errors import DecodingFailed, StaleFence
+from relay.publisher import Publisher
+from relay.runs import AgentInfo, Claim, NotClaimed, RunRegistry
+from relay.scripts import ScriptFailed
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DispatcherLimits:
+    """Bounds of one worker process."""
+
+    concurrency: int
+    lease_ms: int
+    cancel_grace_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _RunAtWork:
+    """A run that is claimed here, or is about to be.
+
+    Attributes:
+        fence: One for all tries to claim it: a claim whose answer was lost is answered again.
+    """
+
+    task: Task
+    execution: RunExecution
+    fence: str
+
+
+class Dispatcher:
+    """One worker's tasks and runs.
+
+    Args:
+        worker_id: The name under which runs are claimed and tasks are read.
+        definitions: The agents by name.
+    """
+
+    def __init__(
+        self,
+        worker_id: str,
+        definitions: Mapping[str, AgentDefinition],
+        streams: TaskStreams,
+        registry: RunRegistry,
+        publisher: Publisher,
+        limits: DispatcherLimits,
+    ) -> None:
+        self._worker_id = worker_id
+        self._definitions = definitions
+        self._streams = streams
+        self._registry = registry
+        self._publisher = publisher
+        self._limits = limits
+        self._in_hand: dict[EntryKey, asyncio.Task[None]] = {}
+        self._at_work: dict[str, _RunAtWork] = {}
+        self._room = asyncio.Event()
+        self._room.set()
+        self._is_taking = True
+        self._is_closing = False
+
+    @property
+    def active_count(self) -> int:
+        """How many tasks are in hand."""
+        return len(self._in_hand)
+
+    @property
+    def agent_names(self) -> list[str]:
+        """The names of this worker's agents."""
+        return sorted(self._definitions)
+
+    # --- taking tasks ---
+
+    async def take_tasks(self) -> None:
+        """Take tasks and start their runs until ``stop_taking``. Outlives any loss of Redis."""
+        is_prepared = False
+        waits = delays()
+        while self._is_taking:
+            try:
+                if not is_prepared:
+                    await self.register()
+                    for entry in await self._streams.prepare(self._in_hand.keys()):
+                        self._start(entry)
+                    is_prepared = True
+                await self._room.wait()
+                room = self._limits.concurrency - len(self._in_hand)
+                for entry in await self._streams.take(room) if self._is_taking else ():
+                    self._start(entry)
+                waits = delays()
+            except GroupMissing:
+                _log.warning("task_streams_missing", hint="Redis was emptied; making them anew.")
+                is_prepared = False
+            except (*REDIS_AWAY, ScriptFailed) as error:
+                is_prepared = False
+                metrics.REDIS_FAILURES.labels("tasks").inc()
+                _log.warning("tasks_not_readable", reason=str(error))
+                await asyncio.sleep(next(waits))
+
+    async def register(self) -> None:
+        """Make this worker's agents known to the gateways."""
+        await self._registry.register_agents(
+            [AgentInfo(agent.name, agent.description) for agent in self._definitions.values()]
+        )
+
+    def stop_taking(self) -> None:
+        """Take no more tasks; what is in hand goes on."""
+        self._is_taking = False
+        self._room.set()
+
+    def _start(self, entry: TaskEntry) -> None:
+        task = asyncio.create_task(self._carry_out(entry), name=f"task-{entry.entry_id.decode()}")
+        self._in_hand[entry.key] = task
+        task.add_done_callback(lambda _: self._let_go(entry))
+        if len(self._in_hand) >= self._limits.concurrency:
+            self._room.clear()
+
+    def _let_go(self, entry: TaskEntry) -> None:
+        task = self._in_hand.pop(entry.key)
+        self._room.set()
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            # The entry stays in its stream; whoever claims idle entries tries it again.
+            _log.error("task_failed", agent=entry.agent, exc_info=error)
+
+    # --- one task ---
+
+    async def _carry_out(self, entry: TaskEntry) -> None:
+        if entry.fields is None:
+            await self._settle(entry)
+            return
+        try:
+            task = self._decode(entry)
+            is_settled = await self._carry_out_run(task)
+        except (DecodingFailed, ScriptFailed) as error:
+            await self._bury(entry, str(error))
+        else:
+            if is_settled:
+                await self._settle(entry)
+
+    def _decode(self, entry: TaskEntry) -> Task:
+        if entry.payload is None:
+            raise DecodingFailed("not a task: the entry has no such field")
+        task = decode_task(entry.payload)
+        if task.agent != entry.agent:
+            raise DecodingFailed(
+                f"agent {task.agent!r} is unknown here: the task came from the stream of agent "
+                f"{entry.agent!r}"
+            )
+        return task
+
+    async def _carry_out_run(self, task: Task) -> bool:
+        """Claim and carry out a run; say whether its task is done with."""
+        if task.run_id in self._at_work:
+            metrics.TASKS_SKIPPED.labels("in_hand").inc()
+            return True
+        execution = RunExecution(
+            self._definitions[task.agent], cancel_grace_s=self._limits.cancel_grace_s
+        )
+        at_work = _RunAtWork(task, execution, secrets.token_hex(8))
+        # Known before the claim: a cancel signal may overtake the claim's answer.
+        self._at_work[task.run_id] = at_work
+        try:
+            claim = await until_redis_answers(lambda: self._claim(at_work), "claim")
+            if isinstance(claim, NotClaimed):
+                metrics.TASKS_SKIPPED.labels(claim.reason).inc()
+                _log.info("task_skipped", run_id=task.run_id, reason=claim.reason)
+                return True
+            if self._is_closing:
+                execution.request_stop(WorkerStops())
+            await self._execute(claim, execution)
+            # Whoever has superseded this attempt may hold the same entry: it is theirs to settle.
+            return not isinstance(execution.refusal, StaleFence)
+        finally:
+            del self._at_work[task.run_id]
+
+    async def _claim(self, at_work: _RunAtWork) -> Claim | NotClaimed:
+        task = at_work.task
+        try:
+            return await self._registry.claim(
+                task.user_id,
+                task.run_id,
+                self._worker_id,
+                self._limits.lease_ms,
+                fence=at_work.fence,
+            )
+        except ValueError as error:
+            raise DecodingFailed(f"not a task: {error}") from error
+
+    async def _execute(self, claim: Claim, execution: RunExecution) -> None:
+        envelope, request = claim.envelope, claim.request
+        info = RunInfo(
+            run_id=envelope.run_id,
+            user_id=envelope.user_id,
+            thread_id=envelope.thread_id,
+            agent=envelope.agent,
+            attempt=envelope.attempt,
+            request=Request(request.content, request.metadata, request.message_id),
+        )
+        if claim.cancel is not None:
+            execution.request_stop(cancel_asked(claim.cancel))
+        stream = self._publisher.open(claim, on_refused=execution.refuse)
+        began_s = time.monotonic()
+        status = UNFINISHED
+        metrics.RUNS_ACTIVE.labels(info.agent).inc()
+        try:
+            status = await execution.carry_out(info, stream)
+        finally:
+            metrics.RUNS_ACTIVE.labels(info.agent).dec()
+            metrics.RUNS_ENDED.labels(info.agent, status).inc()
+            if status != REFUSED:
+                metrics.RUN_SECONDS.labels(info.agent).observe(time.monotonic() - began_s)
+
+    async def _settle(self, entry: TaskEntry) -> None:
+        await until_redis_answers(lambda: self._streams.settle(entry), "settle")
+
+    async def _bury(self, entry: TaskEntry, reason: str) -> None:
+        metrics.TASKS_DEAD_LETTERED.inc()
+        _log.error(
+            "task_dead_lettered",
+            agent=entry.agent,
+            entry_id=entry.entry_id.decode(),
+            reason=reason,
+        )
+        at_ms = time.time_ns() // 1_000_000
+        await until_redis_answers(lambda: self._streams.bury(entry, reason, at_ms), "dead_letter")
+        await self._settle(entry)
+
+    # --- stopping ---
+
+    def cancel(self, run_id: str, cause: CancelAsked) -> None:
+        """Pass on that somebody asked for a run to stop; ignored where the run is not here."""
+        at_work = self._at_work.get(run_id)
+        if at_work is not None:
+            at_work.execution.request_stop(cause)
+
+    async def read_cancel_flags(self) -> None:
+        """Find the cancellations of runs at work whose signals may have been lost."""
+        for at_work in list(self._at_work.values()):
+            # Claiming with the same fence changes nothing and tells what the run's hash says.
+            claim = await self._claim(at_work)
+            if isinstance(claim, Claim) and claim.cancel is not None:
+                at_work.execution.request_stop(cancel_asked(claim.cancel))
+
+    async def drain(self, timeout_s: float, cut: asyncio.Event) -> bool:
+        """Let what is in hand finish; say whether it did before the time, or ``cut``, was up."""
+        deadline_s = time.monotonic() + timeout_s
+        cutting = asyncio.create_task(cut.wait())
+        try:
+            while self._in_hand and not cut.is_set():
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    break
+                await asyncio.wait(
+                    {*self._in_hand.values(), cutting},
+                    timeout=left_s,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+        finally:
+            cutting.cancel()
+        return not self._in_hand
+
+    def end_runs(self) -> None:
+        """End every run that is at work, or is claimed from now on, because the worker stops."""
+        self._is_closing = True
+        for at_work in self._at_work.values():
+            at_work.execution.request_stop(WorkerStops())
+
+    def hurry(self) -> None:
+        """Cut short the time that stopping agents have left."""
+        for at_work in self._at_work.values():
+            at_work.execution.hurry()
+
+    async def close(self, timeout_s: float) -> None:
+        """Wait for everything in hand, and give up on it when the time is up."""
+        if not self._in_hand:
+            return
+        tasks = list(self._in_hand.values())
+        _, pending = await asyncio.wait(tasks, timeout=timeout_s)
+        for task in pending:
+            _log.error("run_left_unfinished", task=task.get_name(), hint="Redis did not answer.")
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)

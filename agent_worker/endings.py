@@ -1,0 +1,57 @@
+"""How an attempt ends: the one place where outcomes become terminal events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from relay.errors import AgentError
+from relay.events import EventType
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A terminal event, ready to be published."""
+
+    event_type: EventType
+    data: dict[str, Any]
+
+    @property
+    def status(self) -> str:
+        """How the run ended, in one word: ``completed``, ``error`` or ``cancelled``."""
+        return self.event_type.value.removeprefix("agent_")
+
+
+def completed(result: Any, streamed_text: str, duration_ms: int) -> Ending:
+    """End with what the agent returned; a plain ``return`` gives the streamed text."""
+    value = streamed_text if result is None else result
+    return Ending(EventType.AGENT_COMPLETED, {"result": value, "duration_ms": duration_ms})
+
+
+def cancelled(by: str, reason: str | None, duration_ms: int) -> Ending:
+    """End because somebody asked for it."""
+    data = {"by": by, "reason": reason, "duration_ms": duration_ms}
+    return Ending(EventType.AGENT_CANCELLED, data)
+
+
+def failed(error: AgentError, support_id: str) -> Ending:
+    """End with an error whose text is meant for the user."""
+    return Ending(
+        EventType.AGENT_ERROR,
+        {
+            "code": error.code,
+            "error_message": error.error_message,
+            "is_recoverable": error.is_recoverable,
+            "recovery_suggestions": list(error.recovery_suggestions),
+            "retry_after_ms": error.retry_after_ms,
+            "support_id": support_id,
+        },
+    )
+
+
+def failed_unexpectedly(support_id: str) -> Ending:
+    """End with the guidance for an exception that the author did not foresee.
+
+    Neither its class nor its text is included: both may hold what the user must not see.
+    """
+    return failed(AgentError("agent_failed"), support_id)
