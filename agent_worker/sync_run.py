@@ -14,7 +14,8 @@ from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from agent_worker.run import Request, Run, Tool
+from agent_worker.run import Request, Run
+from agent_worker.tool import Tool
 
 T = TypeVar("T")
 

@@ -25,17 +25,16 @@ from agent_worker.definition import (
     require_name,
 )
 from agent_worker.dispatcher import Dispatcher, DispatcherLimits
-from agent_worker.execution import cancel_asked
 from agent_worker.patience import REDIS_AWAY, until_redis_answers
 from agent_worker.presence import Presence
+from agent_worker.signals import SignalListener
 from agent_worker.task_streams import BLOCK_MS, TaskStreams
 from relay.config import Settings
-from relay.errors import ConfigurationError, RedisUnavailable
+from relay.errors import ConfigurationError
 from relay.keys import Keys
 from relay.publisher import Publisher
 from relay.runs import RunRegistry
 from relay.scripts import LogLimits, RedisLink, ScriptFailed
-from relay.subscriber import Subscriber
 
 AgentFunction = TypeVar("AgentFunction", bound=Callable[..., object])
 
@@ -188,7 +187,6 @@ class RunningWorker:
         self._hurry = hurry
         self._stack = AsyncExitStack()
         keys = Keys(settings.key_prefix)
-        self._signal_channel = keys.worker(self.worker_id)
         self._link = RedisLink(
             settings.redis_url,
             limits=LogLimits(
@@ -196,12 +194,6 @@ class RunningWorker:
             ),
         )
         self._publisher = Publisher(self._link, keys, merge_ms=settings.delta_merge_ms)
-        self._subscriber = Subscriber(
-            self._link,
-            on_message=self._receive_signal,
-            on_lost=self._lose_signals,
-            on_confirmed=self._confirm_signals,
-        )
         self._streams = TaskStreams(
             self._link, settings.redis_url, keys, list(definitions), self.worker_id
         )
@@ -217,6 +209,13 @@ class RunningWorker:
                 settings.cancel_grace_ms / 1000,
             ),
         )
+        self._signals = SignalListener(
+            self._link,
+            keys.worker(self.worker_id),
+            on_cancel=self._dispatcher.cancel,
+            # Signals that were sent meanwhile reached nobody; their flags are still there.
+            on_gap=lambda: self._restore(self._dispatcher.read_cancel_flags),
+        )
         self._presence = Presence(
             settings.redis_url,
             keys.worker(self.worker_id),
@@ -231,7 +230,6 @@ class RunningWorker:
             self._presence_was_absent,
         )
         self._loop = asyncio.get_running_loop()
-        self._has_signals = asyncio.Event()
         self._taking: asyncio.Task[None] | None = None
         self._restoring: set[asyncio.Task[None]] = set()
 
@@ -270,10 +268,8 @@ class RunningWorker:
             stack.push_async_callback(self._streams.aclose)
             await self._link.check()
             await stack.enter_async_context(self._publisher)
-            stack.push_async_callback(self._subscriber.aclose)
-            self._subscriber.subscribe(self._signal_channel)
-            await self._subscriber.start()
-            await self._wait_for_signals()
+            stack.push_async_callback(self._signals.aclose)
+            await self._signals.start()
             await self._dispatcher.register()
             self._presence.start()
             stack.push_async_callback(asyncio.to_thread, self._presence.stop)
@@ -291,15 +287,6 @@ class RunningWorker:
     ) -> None:
         await self._stack.__aexit__(exc_type, error, traceback)
         _log.info("worker_stopped", worker_id=self.worker_id)
-
-    async def _wait_for_signals(self) -> None:
-        try:
-            async with asyncio.timeout(self._link.timeout_s):
-                await self._has_signals.wait()
-        except TimeoutError:
-            raise RedisUnavailable(
-                "Redis accepts connections, but did not confirm a subscription in time."
-            ) from None
 
     async def _stop_taking(self) -> None:
         self._dispatcher.stop_taking()
@@ -334,28 +321,6 @@ class RunningWorker:
     async def _hurry_when_asked(self) -> None:
         await self._hurry.wait()
         self._dispatcher.hurry()
-
-    # --- signals from gateways ---
-
-    def _receive_signal(self, channel: str, payload: bytes) -> None:
-        try:
-            signal_fields = orjson.loads(payload)
-            kind, run_id = signal_fields["kind"], signal_fields["run_id"]
-        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-            _log.warning("signal_not_readable", channel=channel, reason=repr(error))
-            return
-        if kind == "cancel":
-            self._dispatcher.cancel(run_id, cancel_asked(signal_fields))
-
-    def _lose_signals(self) -> None:
-        _log.warning("signals_lost", hint="Cancel flags are read when Redis is back.")
-
-    def _confirm_signals(self, channel: str) -> None:
-        if not self._has_signals.is_set():
-            self._has_signals.set()
-            return
-        # Signals that were sent meanwhile reached nobody; their flags are still there.
-        self._restore(self._dispatcher.read_cancel_flags)
 
     def _presence_was_absent(self) -> None:
         """Called in the presence thread: Redis may have lost everything that it knew of us."""

@@ -1,0 +1,89 @@
+"""Signals from gateways to this worker. They only hurry: what counts is in the run's hash."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import orjson
+import structlog
+
+from agent_worker.execution import CancelAsked, cancel_asked
+from relay.errors import RedisUnavailable
+from relay.scripts import RedisLink
+from relay.subscriber import Subscriber
+
+_log = structlog.get_logger(__name__)
+
+
+class SignalListener:
+    """Listens on the worker's own channel.
+
+    Args:
+        link: Which Redis.
+        channel: The worker's channel.
+        on_cancel: Called with a run id when somebody asks for that run to stop.
+        on_gap: Called when signals may have been missed: look up the truth.
+    """
+
+    def __init__(
+        self,
+        link: RedisLink,
+        channel: str,
+        *,
+        on_cancel: Callable[[str, CancelAsked], None],
+        on_gap: Callable[[], None],
+    ) -> None:
+        self._link = link
+        self._channel = channel
+        self._on_cancel = on_cancel
+        self._on_gap = on_gap
+        self._has_begun = asyncio.Event()
+        self._subscriber = Subscriber(
+            link,
+            on_message=self._receive,
+            on_lost=self._lose,
+            on_confirmed=self._confirm,
+        )
+
+    async def start(self) -> None:
+        """Listen; return when Redis has confirmed that nothing is missed from here on.
+
+        Raises:
+            RedisUnavailable: It did not, or cannot be reached.
+            RedisMisconfigured: It refuses us.
+        """
+        self._subscriber.subscribe(self._channel)
+        await self._subscriber.start()
+        try:
+            async with asyncio.timeout(self._link.timeout_s):
+                await self._has_begun.wait()
+        except TimeoutError:
+            raise RedisUnavailable(
+                "Redis accepts connections, but did not confirm a subscription in time."
+            ) from None
+
+    async def aclose(self) -> None:
+        """Stop listening."""
+        await self._subscriber.aclose()
+
+    def _receive(self, channel: str, payload: bytes) -> None:
+        try:
+            fields = orjson.loads(payload)
+            kind, run_id = fields["kind"], fields["run_id"]
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            _log.warning("signal_not_readable", channel=channel, reason=repr(error))
+            return
+        if kind == "cancel" and isinstance(run_id, str):
+            self._on_cancel(run_id, cancel_asked(fields))
+        else:
+            # A newer gateway may know signals that this worker does not.
+            _log.info("signal_ignored", kind=str(kind)[:64])
+
+    def _lose(self) -> None:
+        _log.warning("signals_lost", hint="Cancel flags are read when Redis is back.")
+
+    def _confirm(self, _channel: str) -> None:
+        if self._has_begun.is_set():
+            self._on_gap()
+        self._has_begun.set()
