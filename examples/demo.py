@@ -16,13 +16,14 @@ import docs_agent
 from streaming import Pace
 
 from agent_worker import Worker
+from relay.errors import ConfigurationError
 
 
 def build_worker(environment: Mapping[str, str]) -> Worker:
     """Put the example agents together as ``environment`` says.
 
     Raises:
-        ValueError: A variable has a value that makes no sense; the text names both.
+        ConfigurationError: A variable has a value that makes no sense; the text names both.
     """
     docs_folder = _folder(environment, "DOCS_AGENT_FOLDER", docs_agent.default_docs_folder())
     data_folder = _folder(environment, "DATA_AGENT_FOLDER", data_agent.default_data_folder())
@@ -40,7 +41,9 @@ def build_worker(environment: Mapping[str, str]) -> Worker:
 def _folder(environment: Mapping[str, str], name: str, default: Path) -> Path:
     folder = Path(environment.get(name) or default)
     if environment.get(name) and not folder.is_dir():
-        raise ValueError(f"{name} is {folder}, which is no folder; set it to one or unset it")
+        raise ConfigurationError(
+            f"{name} is {folder}, which is no folder; set it to one or unset it"
+        )
     return folder
 
 
@@ -51,7 +54,9 @@ def _piece_ms(environment: Mapping[str, str]) -> float:
     except ValueError:
         piece_ms = -1.0
     if not 0 <= piece_ms <= 1_000:
-        raise ValueError(f"EXAMPLE_PIECE_MS is {given!r}; allowed are 0 to 1000 milliseconds")
+        raise ConfigurationError(
+            f"EXAMPLE_PIECE_MS is {given!r}; allowed are 0 to 1000 milliseconds"
+        )
     return piece_ms
 
 

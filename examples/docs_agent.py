@@ -12,13 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from docs_answer import Passage, compose_answer, compose_nothing_found, keep_relevant
-from docs_index import (
-    DocsLibrary,
-    Found,
-    Refreshed,
-    SearchUnavailableError,
-    question_terms,
-)
+from docs_index import Found, SearchUnavailableError, question_terms
+from docs_library import DocsLibrary, Refreshed
 from streaming import Pace, stream
 
 from agent_worker import AgentError, Run
