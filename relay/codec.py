@@ -219,6 +219,19 @@ def splice(event: bytes, offset: int, seq: int) -> bytes:
     return b'{"offset":%d,%s' % (offset, event[1:])
 
 
+def encode_part(offset: int, index: int, total: int, text: str) -> bytes:
+    """Give the frame of one part of a large event.
+
+    The texts of all parts, joined in order, are the event's frame.
+    """
+    return b'{"type":"event_part","offset":%d,"index":%d,"total":%d,"text":%s}' % (
+        offset,
+        index,
+        total,
+        orjson.dumps(text),
+    )
+
+
 class Publication:
     """An event at an offset.
 

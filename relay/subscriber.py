@@ -8,7 +8,6 @@ may believe to be up to date (DELIVERY rule 6).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,7 @@ from relay.scripts import RedisLink, mapped_errors
 
 PING_EVERY_S = 1.0
 SILENCE_S = 3.0
-"""Without any answer for this long the connection is taken for dead: a cut network sends no reset."""
+"""Without an answer for this long the connection counts as dead: a cut network sends no reset."""
 
 SUBSCRIBE_CHUNK = 512
 """Channels in one SUBSCRIBE; thousands in one command would hold Redis up for milliseconds."""
@@ -102,7 +101,7 @@ class Subscriber:
 
     async def _connect(self) -> None:
         with mapped_errors(self._link.url):
-            connection: AbstractConnection = self._link.pool.make_connection()
+            connection: AbstractConnection = self._link.pool.make_connection()  # type: ignore[no-untyped-call]
             try:
                 await connection.connect()  # type: ignore[no-untyped-call]
             except BaseException:
@@ -201,12 +200,3 @@ class Subscriber:
             if loop.time() - self._heard_at_s > SILENCE_S:
                 raise redis_errors.TimeoutError(f"no answer for {SILENCE_S:g} s")
             await connection.send_command(b"PING", check_health=False)
-
-    @contextlib.asynccontextmanager
-    async def running(self) -> Any:
-        """Start, and close at the end of the block."""
-        await self.start()
-        try:
-            yield self
-        finally:
-            await self.aclose()

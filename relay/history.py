@@ -1,0 +1,96 @@
+"""Reading a channel's history: the read script's answers as pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from relay.codec import Position, Publication, RunEnvelope
+from relay.errors import DecodingFailed
+from relay.events import EventType, Kind
+from relay.keys import Keys
+from relay.recovery import Page, Read, TextMark
+from relay.runs import summary_from_row
+from relay.scripts import RedisLink, ScriptCall, mapped_errors
+
+PAGE_BYTES = 256 * 1024
+
+
+def read_call(link: RedisLink, keys: Keys, user_id: str, read: Read) -> ScriptCall:
+    """Prepare the script call of a read."""
+    known: list[str | int] = []
+    for name, mark in read.known.items():
+        known += (name, mark.size_bytes)
+    with_runs = "runs" if read.with_runs else ""
+    user = keys.user(user_id)
+    return link.call("read", user, None, read.after, PAGE_BYTES, with_runs, *known)
+
+
+def page_from(user_id: str, read: Read, reply: Sequence[Any]) -> Page:
+    """Understand the script's answer.
+
+    Raises:
+        DecodingFailed: Redis holds something else than it should.
+    """
+    try:
+        epoch, offset, floor, previous, covered, entries, texts, runs = reply
+        publications = [_publication(entry) for entry in entries]
+        marks: dict[int, TextMark] = {}
+        for text in texts:
+            publication, mark = _text(user_id, text, read.known)
+            publications.append(publication)
+            marks[publication.offset] = mark
+        publications.sort(key=lambda publication: publication.offset)
+        return Page(
+            epoch=epoch.decode("ascii"),
+            offset=int(offset),
+            floor=int(floor),
+            previous=_previous(previous.decode("ascii")),
+            covered=int(covered),
+            publications=publications,
+            marks=marks,
+            runs=[summary_from_row(row) for row in runs],
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DecodingFailed(f"the history of a channel cannot be read: {error}") from error
+
+
+def _publication(entry: Sequence[bytes]) -> Publication:
+    offset, seq, run_id, event, size, _ = entry
+    return Publication(int(offset), int(seq), Kind.EVENT, run_id.decode(), event, int(size))
+
+
+def _text(
+    user_id: str, entry: Sequence[bytes], known: Mapping[str, TextMark]
+) -> tuple[Publication, TextMark]:
+    last, raw_name, before, raw_text, agent, thread, updated_ms = entry
+    name, text = raw_name.decode(), raw_text.decode()
+    run_id, attempt, message_id = name.split(":", 2)
+    chars_before = known[name].chars if int(before) else 0
+    envelope = RunEnvelope(run_id, int(attempt), thread.decode(), user_id, agent.decode())
+    data = {"message_id": message_id, "position": chars_before, "text": text}
+    event = envelope.encode(EventType.TEXT_DELTA, int(updated_ms), data)
+    mark = TextMark(name, int(before) + len(raw_text), chars_before + len(text))
+    return Publication(int(last), 0, Kind.TEXT, run_id, event), mark
+
+
+def _previous(text: str) -> list[Position]:
+    positions = []
+    for entry in text.split():
+        epoch, _, offset = entry.partition(":")
+        positions.append(Position(epoch, int(offset)))
+    return positions
+
+
+async def read_body(
+    link: RedisLink, keys: Keys, user_id: str, offset: int, start: int, length: int
+) -> bytes:
+    """Read a piece of a large event's body; empty where there is none.
+
+    Raises:
+        RedisUnavailable: Redis did not answer.
+    """
+    key = keys.user(user_id).body(offset)
+    with mapped_errors(link.url):
+        piece = await link.client.getrange(key, start, start + length - 1)
+    return piece.encode() if isinstance(piece, str) else piece
