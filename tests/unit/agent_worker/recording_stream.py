@@ -1,0 +1,79 @@
+"""A run's stream without Redis: the real grammar, checks and encoding, events kept in a list."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from agent_worker.run import Request, Run, RunInfo
+from relay.codec import encode_json
+from relay.errors import PublishRefused
+from relay.events import EventType, validate_data
+from relay.grammar import RunGrammar
+
+
+class RecordingStream:
+    def __init__(self) -> None:
+        self.grammar = RunGrammar()
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.cancel_requested: bytes | None = None
+        self.refused: PublishRefused | None = None
+        self.gate: asyncio.Event | None = None
+        self.is_closed = False
+        self.text = ""
+
+    @property
+    def types(self) -> list[str]:
+        return [event_type for event_type, _ in self.events]
+
+    def of_type(self, event_type: EventType) -> list[dict[str, Any]]:
+        return [data for name, data in self.events if name == event_type]
+
+    async def publish(self, event_type: EventType, data: Mapping[str, Any]) -> None:
+        await self._pass()
+        valid = validate_data(event_type, dict(data))
+        encoded = encode_json(valid)
+        self.grammar.apply(event_type, valid)
+        self.events.append((event_type.value, orjson.loads(encoded)))
+
+    async def delta(self, text: str) -> None:
+        await self._pass()
+        text.encode()
+        if text:
+            self.grammar.apply(EventType.TEXT_DELTA, {})
+            self.text += text
+
+    async def progress(self, tool_call_id: str, percentage: float | None, note: str | None) -> None:
+        data = {"tool_call_id": tool_call_id, "progress_percentage": percentage, "note": note}
+        await self.publish(EventType.TOOL_PROGRESS, data)
+
+    async def finish(self, event_type: EventType, data: Mapping[str, Any]) -> None:
+        encode_json(validate_data(event_type, dict(data)))
+        for tool_call_id, tool_name in list(self.grammar.open_tools.items()):
+            closing = {"tool_call_id": tool_call_id, "tool_name": tool_name, "duration_ms": 0}
+            await self.publish(EventType.TOOL_COMPLETED, {**closing, "status": "cancelled"})
+        await self.publish(event_type, data)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    async def _pass(self) -> None:
+        if self.gate is not None:
+            await self.gate.wait()
+        await asyncio.sleep(0)
+        if self.refused is not None:
+            raise self.refused
+
+
+def make_info(content: str = "hello", attempt: int = 1) -> RunInfo:
+    request = Request(content, {"lang": "en"}, "m1")
+    return RunInfo("run_1", "alice", "t1", "echo", attempt, request)
+
+
+async def make_run() -> tuple[Run, RecordingStream]:
+    stream = RecordingStream()
+    await stream.publish(EventType.AGENT_STARTED, {})
+    return Run(make_info(), stream), stream  # type: ignore[arg-type]
