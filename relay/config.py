@@ -430,13 +430,13 @@ def find_unknown_variables(
 ) -> list[UnknownVariable]:
     """Find variables that look like settings and are none.
 
-    ``RELAY_TEST_*`` belongs to the test suite, ``RELAY_EXAMPLE_*`` to the example agents.
+    ``RELAY_TEST_*`` belongs to the test suite.
     """
     known = [variable_name(name) for name in Settings.model_fields]
     names: Iterable[str] = _environment(os.environ if environ is None else environ, env_file)
     unknown = []
     for name in sorted(names):
-        if name in known or name.startswith(("RELAY_TEST_", "RELAY_EXAMPLE_")):
+        if name in known or name.startswith("RELAY_TEST_"):
             continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
         unknown.append(UnknownVariable(name, near[0] if near else None))
