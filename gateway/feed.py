@@ -327,6 +327,7 @@ class FeedHub:
             ]
             if not checked:
                 continue
+            heads = [user_feed.feed.head for user_feed in checked]
             try:
                 with mapped_errors(self._link.url):
                     pipeline = self._link.client.pipeline(transaction=False)
@@ -337,15 +338,18 @@ class FeedHub:
             except (RedisUnavailable, RedisMisconfigured, ScriptFailed) as error:
                 self._begin_outage(str(error))
                 continue
-            for user_feed, (epoch, offset) in zip(checked, stored, strict=True):
-                self._compare(user_feed, epoch, offset)
+            for user_feed, head, (epoch, offset) in zip(checked, heads, stored, strict=True):
+                self._compare(user_feed, head, epoch, offset)
 
-    def _compare(self, user_feed: _UserFeed, epoch: bytes | None, offset: bytes | None) -> None:
+    def _compare(
+        self, user_feed: _UserFeed, head: int, epoch: bytes | None, offset: bytes | None
+    ) -> None:
+        """Compare what Redis answered with the head as it was when Redis was asked."""
         feed = user_feed.feed
-        if epoch is None or offset is None or epoch.decode() != feed.epoch:
+        if epoch is None or offset is None or epoch.decode() != feed.epoch or int(offset) < head:
             feed.sync()
             self.perform(user_feed)
-        elif int(offset) != feed.head:
+        elif int(offset) > feed.head:
             expected = int(offset)
             self._later(AUDIT_PATIENCE_S, lambda: self._repair(user_feed, expected))
 
