@@ -1,0 +1,446 @@
+"""The gateway put together: the only place that knows all of its parts.
+
+Read from here down. ``serve`` runs a gateway as a process; ``running_gateway`` runs one inside
+another program, such as a test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import structlog
+import uvloop
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.auth import Authenticator, find_credential
+from gateway.commands import RunCommands
+from gateway.connection_pool import PoolLimits, WebSocketConnectionPool
+from gateway.drain import timetable
+from gateway.feed import FeedHub
+from gateway.handshake import websocket_routes
+from gateway.health import Health
+from gateway.http.internal import admin_routes, health_routes, metrics_routes
+from gateway.http.page import SafeHeaders, page_routes
+from gateway.http.problems import EXCEPTION_HANDLERS
+from gateway.http.runs import run_routes
+from gateway.http.tickets import ticket_routes
+from gateway.metrics import GatewayMetrics
+from gateway.node import Node
+from gateway.protocol import Connection, ConnectionServices, steady_ms
+from gateway.refusals import UNAVAILABLE_RETRY_MS
+from gateway.server import Listener, bind, server_config
+from gateway.session import SessionLimits
+from gateway.tickets import TicketOffice
+from gateway.wheel import TICK_MS, Wheel
+from relay.config import Settings
+from relay.errors import CloseCode, RequestRefused
+from relay.jwks import KeySet
+from relay.keys import Keys
+from relay.probe import Probe
+from relay.runs import RunLimits, RunRegistry
+from relay.scripts import LogLimits, RedisLink
+from relay.tokens import Identity, TokenVerifier
+
+FIRST_PROBES = 5
+FIRST_PROBE_DEADLINE_S = 0.3
+"""The first probes may overtake the subscription that should catch them: give up on them soon."""
+
+FLUSH_LIMIT_S = 2.0
+"""What a drained client gets to answer the close."""
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class Gateway:
+    """One gateway process's parts, started and stopped together.
+
+    Args:
+        settings: Its configuration.
+
+    Raises:
+        ConfigurationError: There is no way to verify tokens.
+        RedisMisconfigured: The Redis address is not one.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        settings.require_token_keys()
+        self.settings = settings
+        self.metrics = GatewayMetrics()
+        keys = Keys(settings.key_prefix)
+        self.link = RedisLink(
+            settings.redis_url,
+            limits=LogLimits(
+                max_events=settings.log_max_events,
+                max_age_ms=settings.log_max_age_s * 1000,
+                max_bytes=settings.log_max_bytes,
+            ),
+        )
+        self.hub = FeedHub(self.link, keys)
+        self.pool = WebSocketConnectionPool(
+            PoolLimits(per_user=settings.max_connections_per_user), self.metrics
+        )
+        self.node = Node(self.link, keys, on_disconnect_user=self._disconnect_user)
+        self._probe = Probe(self.link, self.node.channel)
+        self.health = Health(self._probe, is_subscribed=lambda: self.hub.subscriber.is_connected)
+        self._verifier = TokenVerifier(
+            settings.secrets,
+            key_set=KeySet(settings.jwt_jwks_url) if settings.jwt_jwks_url else None,
+            issuer=settings.jwt_issuer,
+            audience=settings.jwt_audience,
+        )
+        self._tickets = TicketOffice(self.link, keys)
+        self._authenticator = Authenticator(
+            self._verifier, self._tickets, settings.allowed_origins, time.time
+        )
+        self._commands = RunCommands(
+            RunRegistry(
+                self.link,
+                keys,
+                RunLimits(
+                    max_active=settings.max_active_runs_per_user,
+                    max_queued=settings.max_queued_runs_per_user,
+                ),
+            ),
+            default_agent=settings.default_agent,
+            max_content_chars=settings.max_content_chars,
+        )
+        self._wheel: Wheel[Connection] = Wheel(steady_ms())
+        self._services = ConnectionServices(
+            node_id=self.node.node_id,
+            hub=self.hub,
+            commands=self._commands,
+            authenticator=self._authenticator,
+            pool=self.pool,
+            wheel=self._wheel,
+            metrics=self.metrics,
+            session_limits=SessionLimits(
+                max_frame_bytes=settings.max_frame_bytes,
+                max_content_chars=settings.max_content_chars,
+                frames_per_second=settings.frames_per_second,
+            ),
+            max_connections=settings.max_connections_per_user,
+            heartbeat_ms=settings.heartbeat_ms,
+            outbox_bytes=settings.outbox_bytes,
+        )
+        self._observe()
+        self._public: Listener | None = None
+        self._internal: Listener | None = None
+        self._background: list[asyncio.Task[None]] = []
+        self._stop_asked = asyncio.Event()
+        self._failure: BaseException | None = None
+
+    # --- Life ---
+
+    @property
+    def url(self) -> str:
+        """Address of the public listener, with the real port."""
+        if self._public is None:
+            raise RuntimeError("the gateway has not been started")
+        return self._public.url
+
+    @property
+    def admin_url(self) -> str:
+        """Address of the internal listener, with the real port."""
+        if self._internal is None:
+            raise RuntimeError("the gateway has not been started")
+        return self._internal.url
+
+    async def start(self) -> None:
+        """Return when clients are served.
+
+        Raises:
+            ConfigurationError: A port cannot be had.
+            RedisUnavailable, RedisMisconfigured: Redis cannot serve us.
+        """
+        settings = self.settings
+        config = server_config(build_app(self), max_frame_bytes=settings.max_frame_bytes)
+        admin_config = server_config(
+            build_internal_app(self), max_frame_bytes=settings.max_frame_bytes
+        )
+        self._public = Listener(
+            config,
+            bind(
+                settings.host, settings.port, host_variable="RELAY_HOST", port_variable="RELAY_PORT"
+            ),
+            hand_over=self._drain,
+        )
+        self._internal = Listener(
+            admin_config,
+            bind(
+                settings.admin_host,
+                settings.admin_port,
+                host_variable="RELAY_ADMIN_HOST",
+                port_variable="RELAY_ADMIN_PORT",
+            ),
+        )
+        await self.link.check()
+        await self.hub.start()
+        self.hub.listen(self.node.channel, self._receive_signal)
+        await self.node.renew()
+        await self._probe_first()
+        self._run_in_background(self.node.run(), "node")
+        self._run_in_background(self.health.run(), "health")
+        self._run_in_background(self._turn_wheel(), "wheel")
+        await self._internal.start()
+        await self._public.start()
+        log.info("gateway started", node=self.node.node_id, url=self.url, admin_url=self.admin_url)
+
+    async def stop(self) -> None:
+        """Hand the connections over, then end everything. Also after a start that failed."""
+        self.health.is_draining = True
+        if self._public is not None:
+            await self._public.stop()
+        if self._internal is not None:
+            await self._internal.stop()
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self.node.leave()
+        await self.hub.aclose()
+        await self._verifier.aclose()
+        await self.link.aclose()
+        log.info("gateway stopped", node=self.node.node_id)
+
+    def ask_to_stop(self) -> None:
+        """Let ``wait`` return; asked twice, stop without waiting for anybody."""
+        if self._stop_asked.is_set() and self._public is not None:
+            self._public.force_exit = True
+        self._stop_asked.set()
+
+    async def wait(self) -> None:
+        """Return when somebody asked to stop.
+
+        Raises:
+            BaseException: What made a part fail that the gateway cannot do without.
+        """
+        await self._stop_asked.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    # --- Parts that run all the time ---
+
+    def _run_in_background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._background_ended)
+        self._background.append(task)
+
+    def _background_ended(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            return
+        # None of them ends by itself. A gateway without one would serve, but wrongly.
+        self._failure = task.exception() or RuntimeError(f"{task.get_name()} ended")
+        log.critical("a part of the gateway failed", part=task.get_name(), exc_info=self._failure)
+        self._stop_asked.set()
+
+    async def _turn_wheel(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            began_s = loop.time()
+            await asyncio.sleep(TICK_MS / 1000)
+            self.metrics.note_loop_lag(max(0.0, loop.time() - began_s - TICK_MS / 1000))
+            for connection in self._wheel.turn(steady_ms()):
+                connection.tick()
+
+    async def _probe_first(self) -> None:
+        patience_s, self._probe.deadline_s = self._probe.deadline_s, FIRST_PROBE_DEADLINE_S
+        for _ in range(FIRST_PROBES):
+            if await self.health.probe_once():
+                break
+        # Otherwise Redis is slow or forbids our channel: readiness stays red and says so.
+        self._probe.deadline_s = patience_s
+
+    def _receive_signal(self, payload: bytes) -> None:
+        if not self._probe.receive(payload):
+            self.node.receive(payload)
+
+    def _disconnect_user(self, user_id: str) -> None:
+        for connection in self.pool.of_user(user_id):
+            connection.close(CloseCode.FORBIDDEN, "disconnected by an operator")
+
+    # --- The end ---
+
+    def check_open(self) -> None:
+        """Make sure that this gateway takes connections.
+
+        Raises:
+            RequestRefused: ``unavailable`` while it hands its connections over.
+        """
+        if self.health.is_draining:
+            raise RequestRefused(
+                "unavailable",
+                "This gateway is shutting down. Another one serves you.",
+                retry_after_ms=UNAVAILABLE_RETRY_MS,
+            )
+
+    async def _drain(self) -> None:
+        """Hand over all connections, paced, and wait until the clients have left."""
+        self.health.is_draining = True
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        connections = tuple(self.pool)
+        log.info("draining", connections=len(connections))
+        for connection, step in zip(connections, timetable(len(connections)), strict=True):
+            wait_s = began_s + step.at_ms / 1000 - loop.time()
+            if wait_s > 0 and not self._is_forced:
+                await asyncio.sleep(wait_s)
+            connection.drain(step.after_ms)
+        await self._wait_until_left(loop.time() + FLUSH_LIMIT_S)
+
+    async def _wait_until_left(self, deadline_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        # uvicorn's own close, which follows, cuts off a peer that has not answered yet.
+        while self._public is not None and self._public.server_state.connections:
+            if self._is_forced or loop.time() >= deadline_s:
+                return
+            await asyncio.sleep(TICK_MS / 2000)
+
+    @property
+    def _is_forced(self) -> bool:
+        return self._public is not None and self._public.force_exit
+
+    # --- Figures ---
+
+    def _observe(self) -> None:
+        observe = self.metrics.observe
+        observe("relay_connections", "Open connections.", lambda: len(self.pool))
+        observe("relay_users", "Users connected.", lambda: self.pool.statistics().users)
+        observe("relay_feeds", "Channels that are open.", lambda: self.hub.feed_count)
+        observe(
+            "relay_subscriber_connected",
+            "Whether the pub/sub connection is up.",
+            lambda: float(self.hub.subscriber.is_connected),
+        )
+        observe("relay_degraded", "Whether Redis is away.", lambda: float(self.hub.is_degraded))
+        observe("relay_ready", "Whether readiness is green.", lambda: float(self.health.is_ready))
+        observe(
+            "relay_probe_age_seconds",
+            "Time since a probe came back through Redis.",
+            lambda: self.health.probe_age_s,
+        )
+        self.metrics.observe_count(
+            "relay_catch_ups",
+            "Pages of history read for connections that were behind.",
+            lambda: self.hub.catch_ups,
+        )
+
+    # --- Requests ---
+
+    async def identify(self, request: Request) -> Identity:
+        """Give the identity behind an HTTP request.
+
+        Raises:
+            RequestRefused, TokenRejected: There is none.
+        """
+        credential = find_credential(request.headers, request.query_params)
+        return await self._authenticator.identify(credential)
+
+    def public_routes(self) -> list[BaseRoute]:
+        """Give the routes of the public listener."""
+        limit = self.settings.max_frame_bytes
+        return [
+            *websocket_routes(self._services, self.check_open),
+            *run_routes(self.identify, self._commands, limit),
+            *ticket_routes(
+                self.identify, self._authenticator, self.pool, self._tickets, self.check_open
+            ),
+            *health_routes(self.health, with_detail=False),
+            *page_routes(),
+        ]
+
+    def internal_routes(self) -> list[BaseRoute]:
+        """Give the routes of the internal listener."""
+        return [
+            *metrics_routes(self.metrics),
+            *health_routes(self.health, with_detail=True),
+            *admin_routes(self.identify, self.node, self.pool, self.hub, self.health),
+        ]
+
+
+class _ApiCors:
+    """Lets pages of the allowed origins call ``/v1/*``, and nothing else (ASGI middleware)."""
+
+    def __init__(self, app: ASGIApp, *, allowed_origins: tuple[str, ...]) -> None:
+        self._app = app
+        self._cors = CORSMiddleware(
+            app,
+            allow_origins=allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("Authorization", "Content-Type", "Last-Event-ID"),
+            expose_headers=("Retry-After",),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        is_api = scope["type"] == "http" and scope["path"].startswith("/v1/")
+        await (self._cors if is_api else self._app)(scope, receive, send)
+
+
+def build_app(gateway: Gateway) -> Starlette:
+    """Make the public application of a gateway."""
+    return Starlette(
+        routes=gateway.public_routes(),
+        middleware=[
+            Middleware(SafeHeaders),
+            Middleware(_ApiCors, allowed_origins=gateway.settings.allowed_origins),
+        ],
+        exception_handlers=EXCEPTION_HANDLERS,
+    )
+
+
+def build_internal_app(gateway: Gateway) -> Starlette:
+    """Make the internal application of a gateway."""
+    return Starlette(
+        routes=gateway.internal_routes(),
+        middleware=[Middleware(SafeHeaders)],
+        exception_handlers=EXCEPTION_HANDLERS,
+    )
+
+
+@contextlib.asynccontextmanager
+async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
+    """Run a gateway inside this program: started in the block, drained and gone after it.
+
+    Raises:
+        ConfigurationError, RedisUnavailable, RedisMisconfigured: It cannot start; one sentence
+            says why.
+    """
+    gateway = Gateway(settings)
+    try:
+        await gateway.start()
+        yield gateway
+    finally:
+        await gateway.stop()
+
+
+async def serve_until_asked(settings: Settings) -> None:
+    """Run a gateway until SIGTERM or SIGINT; a second one ends it without waiting.
+
+    Raises:
+        ConfigurationError, RedisUnavailable, RedisMisconfigured: It cannot start.
+    """
+    loop = asyncio.get_running_loop()
+    async with running_gateway(settings) as gateway:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, gateway.ask_to_stop)
+        await gateway.wait()
+
+
+def serve(settings: Settings) -> None:
+    """Run a gateway as this process, on uvloop, until it is told to stop.
+
+    Raises:
+        ConfigurationError, RedisUnavailable, RedisMisconfigured: It cannot start; one sentence
+            says why.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve_until_asked(settings))

@@ -1,0 +1,140 @@
+"""``/v1/ws``: who may open a connection. Every refusal comes before the upgrade."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from starlette.routing import BaseRoute, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from gateway.auth import SUBPROTOCOL, find_credential
+from gateway.feed import parse_since
+from gateway.http.problems import problem
+from gateway.protocol import Connection, ConnectionServices
+from gateway.refusals import UNAVAILABLE_RETRY_MS, refusal_of
+from gateway.transport import AsgiTransport, run_beside
+from relay.errors import DecodingFailed, RequestRefused
+from relay.recovery import Since
+from relay.runs import AgentInfo
+from relay.tokens import Identity
+
+MAX_CLIENT_ID_CHARS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A client that may connect, and what it asked for."""
+
+    identity: Identity
+    since: Since
+    client_id: str | None
+    agents: Sequence[AgentInfo]
+
+
+def websocket_routes(
+    services: ConnectionServices, check_open: Callable[[], None]
+) -> list[BaseRoute]:
+    """Make the WebSocket's route, and an answer for upgrades at any other address.
+
+    Args:
+        services: What connections share.
+        check_open: Refuses while this gateway takes no connections.
+    """
+
+    async def connect(websocket: WebSocket) -> None:
+        try:
+            admission = await admit(websocket, services, check_open)
+            connection, transport = _open(websocket, services, admission)
+        except Exception as error:  # noqa: BLE001 -- every failure is told before the upgrade
+            await _deny(websocket, services, refusal_of(error))
+            return
+        # A browser closes a connection whose subprotocol it did not offer.
+        offered = SUBPROTOCOL in websocket.scope["subprotocols"]
+        try:
+            await websocket.accept(SUBPROTOCOL if offered else None)
+        except BaseException:
+            services.pool.remove(connection, 1006, "upgrade not completed")
+            raise
+        await run_beside(transport.run(), connection.run(websocket.receive))
+
+    async def nothing_here(websocket: WebSocket) -> None:
+        await _deny(websocket, services, RequestRefused("not_found"))
+
+    return [
+        WebSocketRoute("/v1/ws", connect),
+        WebSocketRoute("/{path:path}", nothing_here),
+    ]
+
+
+async def admit(
+    websocket: WebSocket, services: ConnectionServices, check_open: Callable[[], None]
+) -> Admission:
+    """Decide whether a client may connect.
+
+    Raises:
+        RequestRefused, TokenRejected, RedisUnavailable: It may not, or not now.
+    """
+    check_open()
+    authenticator = services.authenticator
+    authenticator.check_origin(websocket.headers)
+    credential = find_credential(
+        websocket.headers,
+        websocket.query_params,
+        websocket.scope["subprotocols"],
+        allow_ticket=True,
+    )
+    identity = await authenticator.identify(credential)
+    since, client_id = read_query(websocket.query_params)
+    if not services.hub.subscriber.is_connected:
+        raise RequestRefused("unavailable", retry_after_ms=UNAVAILABLE_RETRY_MS)
+    # The client gets this list; and a gateway that cannot read it has no Redis to serve from.
+    agents = await services.commands.agents()
+    return Admission(identity, since, client_id, agents)
+
+
+def read_query(query: Mapping[str, str]) -> tuple[Since, str | None]:
+    """Read what a client asks for in the URL.
+
+    Raises:
+        RequestRefused: ``invalid_frame``, naming the parameter.
+    """
+    try:
+        since = parse_since(query.get("since", "active"))
+    except DecodingFailed as error:
+        raise RequestRefused("invalid_frame", f"{error}.") from None
+    client_id = query.get("client_id")
+    if client_id is not None and not 0 < len(client_id) <= MAX_CLIENT_ID_CHARS:
+        raise RequestRefused(
+            "invalid_frame", f"client_id: has 1 to {MAX_CLIENT_ID_CHARS} characters."
+        )
+    return since, client_id
+
+
+def _open(
+    websocket: WebSocket, services: ConnectionServices, admission: Admission
+) -> tuple[Connection, AsgiTransport]:
+    """Register the connection. Nothing waits between the check for room and taking the place."""
+    made: list[AsgiTransport] = []
+
+    def make_transport(connection: Connection) -> AsgiTransport:
+        made.append(AsgiTransport(websocket.send, websocket.scope["extensions"], connection))
+        return made[0]
+
+    connection = Connection(
+        services,
+        admission.identity,
+        since=admission.since,
+        client_id=admission.client_id,
+        agents=admission.agents,
+        make_transport=make_transport,
+    )
+    services.pool.register(connection)
+    return connection, made[0]
+
+
+async def _deny(
+    websocket: WebSocket, services: ConnectionServices, refused: RequestRefused
+) -> None:
+    services.metrics.refused[refused.code] += 1
+    await websocket.send_denial_response(problem(refused))

@@ -1,0 +1,1 @@
+"""The gateway's HTTP side: runs, tickets, the page, health and the internal listener."""

@@ -1,0 +1,99 @@
+"""Errors over HTTP: problem documents (RFC 9457), the same for every route."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.responses import Response
+
+from gateway.refusals import refusal_of, retry_after_s
+from relay.errors import RelayError, RequestRefused
+
+MEDIA_TYPE = "application/problem+json"
+TYPE_PREFIX = "urn:agent-relay:problem:"
+
+_TITLES = {
+    400: "Bad request",
+    401: "Not authenticated",
+    403: "Forbidden",
+    404: "Not found",
+    405: "Method not allowed",
+    409: "Conflict",
+    413: "Too large",
+    422: "Not valid",
+    429: "Too many requests",
+    500: "Internal error",
+    503: "Not available",
+}
+_CLIENT_CLOSED_REQUEST = 499
+
+
+def json_response(
+    body: Any, status_code: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Give an answer that nobody may keep: it belongs to one user, at one moment."""
+    return Response(
+        orjson.dumps(body),
+        status_code,
+        {"Cache-Control": "no-store", **(headers or {})},
+        "application/json",
+    )
+
+
+def problem(refused: RequestRefused, headers: Mapping[str, str] | None = None) -> Response:
+    """Give the problem document of a refusal, with ``Retry-After`` where that makes sense."""
+    status = refused.http_status
+    more = {"Cache-Control": "no-store", **(headers or {})}
+    wait_s = retry_after_s(refused)
+    if wait_s is not None:
+        more["Retry-After"] = str(wait_s)
+    if status == 401:
+        more["WWW-Authenticate"] = "Bearer"
+    body = {
+        "type": TYPE_PREFIX + refused.code,
+        "title": _TITLES.get(status, "Error"),
+        "status": status,
+        "detail": refused.detail,
+        "code": refused.code,
+        "recovery_suggestions": refused.recovery_suggestions,
+    }
+    return Response(orjson.dumps(body), status, more, MEDIA_TYPE)
+
+
+async def on_relay_error(_: HTTPConnection, error: Exception) -> Response:
+    """Answer a request that ended with one of our errors."""
+    return problem(refusal_of(error))
+
+
+async def on_http_error(request: HTTPConnection, error: Exception) -> Response:
+    """Answer a request that the router refused."""
+    if not isinstance(error, HTTPException):
+        raise TypeError(f"not an HTTP error: {error!r}")
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    code = codes.get(error.status_code)
+    if code is None:
+        return problem(refusal_of(error))
+    detail = f"There is nothing at {request.url.path[:200]}." if code == "not_found" else None
+    return problem(RequestRefused(code, detail), error.headers)
+
+
+async def on_client_gone(_: HTTPConnection, __: Exception) -> Response:
+    """Nobody reads this answer: the client left while it was sending."""
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
+
+
+async def on_unexpected(_: Request, __: Exception) -> Response:
+    """Answer a request that hit a defect; the server logs the exception."""
+    return problem(RequestRefused("internal"))
+
+
+EXCEPTION_HANDLERS: Mapping[Any, Any] = {
+    RelayError: on_relay_error,
+    HTTPException: on_http_error,
+    ClientDisconnect: on_client_gone,
+    Exception: on_unexpected,
+}

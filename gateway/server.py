@@ -1,0 +1,167 @@
+"""Listening: sockets with clear errors, and uvicorn servers that hand over before they close."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from gateway.websocket import PING_INTERVAL_S, PING_TIMEOUT_S, RelayWebSocketProtocol
+from relay.errors import ConfigurationError
+
+BACKLOG = 2048
+GRACE_S = 5
+"""What requests under way get to finish when the server stops."""
+
+FRAME_HEADROOM = 4
+"""uvicorn's own limit lies this much above ours: up to it, a client is told instead of closed."""
+
+
+def bind(host: str, port: int, *, host_variable: str, port_variable: str) -> socket.socket:
+    """Give a listening socket.
+
+    Args:
+        host: Name or address.
+        port: 0 takes a free one.
+        host_variable: Setting to name if the host is wrong.
+        port_variable: Setting to name if the port is.
+
+    Raises:
+        ConfigurationError: One sentence with what is wrong and what to do.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise ConfigurationError(
+            f"{host!r} is not a host that can be listened on ({error.strerror or error}). "
+            f"Set {host_variable} to a name or address of this machine."
+        ) from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(
+            _explain(error, host, port, host_variable, port_variable)
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def _explain(error: OSError, host: str, port: int, host_variable: str, port_variable: str) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return (
+                f"Port {port} on {host} is in use by another program. "
+                f"Stop that program, or set {port_variable} to another port."
+            )
+        case errno.EACCES | errno.EPERM:
+            return (
+                f"Port {port} on {host} may not be used by this account. "
+                f"Set {port_variable} to a port above 1023."
+            )
+        case errno.EADDRNOTAVAIL:
+            return (
+                f"{host} is no address of this machine. Set {host_variable} to one that is, "
+                "or to 0.0.0.0 for all."
+            )
+    return f"Cannot listen on {host}, port {port}: {error.strerror or error}."
+
+
+def url_of(listener: socket.socket) -> str:
+    """Give the address of a listening socket, as a client on this machine would use it."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # noqa: S104 -- compared, not bound
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"  # noqa: S104
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}"
+
+
+def server_config(app: ASGIApp, *, max_frame_bytes: int) -> uvicorn.Config:
+    """Configure uvicorn. Its own log lines name URLs, so only its warnings are let through."""
+    return uvicorn.Config(
+        app,
+        ws=RelayWebSocketProtocol,
+        ws_max_size=max_frame_bytes * FRAME_HEADROOM,
+        ws_ping_interval=PING_INTERVAL_S,
+        ws_ping_timeout=PING_TIMEOUT_S,
+        # Compression costs each connection its own window, and each event its own pass.
+        ws_per_message_deflate=False,
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+
+
+class Listener(uvicorn.Server):
+    """A uvicorn server that is started and stopped by its gateway, not by signals.
+
+    Args:
+        config: How to serve.
+        listening: The socket; it belongs to this object from now on.
+        hand_over: Awaited when the server stops, after it has stopped accepting and before it
+            closes any connection. uvicorn closes all sockets before the lifespan's shutdown
+            runs, so no other place is early enough.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        listening: socket.socket,
+        hand_over: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.url = url_of(listening)
+        self._listening = listening
+        self._hand_over = hand_over
+        self._is_serving = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Return when connections are accepted."""
+        self._task = asyncio.create_task(
+            self.serve(sockets=[self._listening]), name=f"listener {self.url}"
+        )
+        waiting = asyncio.create_task(self._is_serving.wait())
+        await asyncio.wait([self._task, waiting], return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if self._task.done():
+            await self._task
+
+    async def stop(self) -> None:
+        """Stop accepting, hand over, close; return when all is done."""
+        self.should_exit = True
+        if self._task is not None:
+            await self._task
+        self._listening.close()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start serving."""
+        await super().startup(sockets)
+        self._is_serving.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop serving, gently."""
+        for server in self.servers:
+            server.close()
+        if self._hand_over is not None:
+            await self._hand_over()
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals to whoever runs the gateway."""
+        yield

@@ -1,0 +1,74 @@
+"""uvicorn's WebSocket protocol with the close codes and the last resort that ``relay.v1`` needs.
+
+What uvicorn decides by itself, because it happens below ASGI: a text frame that is not UTF-8
+closes with 1007, a message above ``ws_max_size`` with 1009, a broken frame with 1002.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from relay.errors import CloseCode
+
+FORCE_CLOSE = "relay.force_close"
+"""Key of the ASGI scope's extensions under which an application finds ``force_close``."""
+
+FLUSH_S = 5.0
+"""A peer that does not even take the close frame within this time is cut off."""
+
+PING_INTERVAL_S = 20.0
+PING_TIMEOUT_S = 20.0
+
+
+class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
+    """One connection's socket."""
+
+    async def run_asgi(self) -> None:
+        """Run the application, giving it a way to close a socket that takes nothing."""
+        extensions = cast("dict[str, Any]", self.scope["extensions"])
+        extensions[FORCE_CLOSE] = self.force_close
+        await super().run_asgi()
+
+    def force_close(self, code: int, reason: str) -> None:
+        """Close without waiting for what is buffered; the connection is gone in ``FLUSH_S``.
+
+        An ASGI send would wait for the very socket that does not become writable.
+        """
+        if self.disconnected or self.transport.is_closing():
+            return
+        if not self.close_sent and self.handshake_complete:
+            self.conn.send_close(code, reason)
+            self.transport.write(b"".join(self.conn.data_to_send()))
+        self._give_up(code, reason)
+
+    def keepalive_timeout(self) -> None:
+        """Close with 4408 when no pong came, unless the peer is merely slow to read."""
+        self.pong_timer = None
+        self.pending_ping_payload = None
+        if self.close_sent or self.transport.is_closing():
+            return
+        if not self.writable.is_set():
+            # Our ping may still wait behind what the peer has not read. Whether such a peer is
+            # too slow is for the outbox to say (4410).
+            self.schedule_ping()
+            return
+        self.conn.fail(CloseCode.NO_PONG, "no pong")
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self._give_up(CloseCode.NO_PONG, "no pong")
+
+    def handle_parser_exception(self) -> None:
+        """Let the application know at once that nothing can be sent any more."""
+        super().handle_parser_exception()
+        self.disconnected = True
+
+    def _give_up(self, code: int, reason: str) -> None:
+        self.stop_keepalive()
+        self.close_sent = True
+        self.disconnected = True
+        self.writable.set()
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+        self.transport.close()
+        # close() waits for the buffer to drain, which a dead peer's never does.
+        self.loop.call_later(FLUSH_S, self.transport.abort)
