@@ -6,6 +6,10 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+import structlog
+
+_log = structlog.get_logger(__name__)
+
 HURRIED_STEP_S = 0.2
 """What is left of each step's grace time once somebody is in a hurry."""
 
@@ -17,8 +21,8 @@ class AgentExited(Exception):
 class AgentCall:
     """Runs an agent's coroutine.
 
-    Stopping has three steps: cancel, cancel again, close. An agent may catch the first two
-    and go on; closing the coroutine ends it wherever it waits.
+    An agent may catch a cancellation and go on. So it is cancelled twice (``stop``), and then
+    ended where it waits (``abandon``).
     """
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any], name: str) -> None:
@@ -38,21 +42,20 @@ class AgentCall:
         return self._task.done()
 
     async def stop(self, grace_s: float, hurry: asyncio.Event) -> bool:
-        """Cancel the agent, at half of the grace time once more, and close it in the end.
+        """Cancel the agent, and once more at half of the grace time.
 
         Args:
             grace_s: How long the agent may take for its clean-up.
             hurry: Cuts the grace time to the fraction of a second when it is set.
 
         Returns:
-            Whether the agent ended by itself.
+            Whether the agent has ended.
         """
         for _ in range(2):
             self._task.cancel()
             await self._wait(grace_s / 2, hurry)
             if self._task.done():
                 return True
-        self._abandon()
         return False
 
     async def _wait(self, timeout_s: float, hurry: asyncio.Event) -> None:
@@ -66,17 +69,15 @@ class AgentCall:
         if hurry.is_set():
             await asyncio.wait({self._task}, timeout=min(timeout_s, HURRIED_STEP_S))
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
+        """End an agent that goes on in spite of its cancellation, wherever it waits."""
         try:
             # GeneratorExit passes `except Exception` and `except CancelledError` alike.
             self._coroutine.close()
-        except (RuntimeError, ValueError):
-            # It caught even that, or is running in another thread: it stays behind. What it
-            # still publishes raises, because its run has been closed.
-            return
-        except BaseException:  # noqa: BLE001, S110
-            # Whatever its clean-up raised: the coroutine has ended.
-            pass
+        except Exception:  # noqa: BLE001
+            # It caught even that, or its clean-up failed. What it still publishes raises,
+            # because its run has been closed.
+            _log.warning("agent_did_not_close", task=self._task.get_name(), exc_info=True)
         # The task wakes up to find its coroutine closed, and ends.
         self._task.cancel()
 

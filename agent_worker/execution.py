@@ -204,6 +204,7 @@ class RunExecution:
             run.close(f"the run was taken from this attempt: {self._refusal}")
         if not await call.stop(self._cancel_grace_s, self._hurry):
             run.close("the run has ended: the agent did not stop in time after a cancellation")
+            call.abandon()
             metrics.AGENTS_ABANDONED.labels(self._definition.name).inc()
             log.warning(
                 "agent_abandoned",
@@ -258,9 +259,7 @@ class RunExecution:
             await stream.finish(ending.event_type, ending.data)
         except (EncodingFailed, InvalidEvent, AgentError) as error:
             support_id = new_support_id()
-            log.error(  # noqa: TRY400  (the reason names the place; the trace is our own)
-                "agent_result_not_publishable", support_id=support_id, reason=str(error)
-            )
+            log.error("agent_result_not_publishable", support_id=support_id, reason=str(error))
             # An AgentError is the publisher's own: the result is too large.
             if isinstance(error, AgentError):
                 ending = endings.failed(error, support_id)

@@ -149,10 +149,14 @@ async def test_unencodable_result_fails_the_tool_and_raises_with_the_place() -> 
 
 async def test_original_exception_survives_a_refused_end_of_the_tool() -> None:
     run, stream = await make_run()
-    with pytest.raises(ValueError, match="mine"):
+
+    async def agent() -> None:
         async with run.tool("search"):
             stream.refused = RunEnded("run_1", "cancelled")
             raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        await agent()
 
 
 async def test_parallel_tools_report_progress_each_for_itself() -> None:
