@@ -69,8 +69,14 @@ def main() -> None:
     """Run the command line. Errors become one sentence on stderr and exit code 1."""
     try:
         app()
-    except RelayError as error:
+    except Exception as error:
         if console.show_tracebacks:
             raise
-        console.print_error(str(error))
+        if isinstance(error, RelayError):
+            console.print_error(str(error))
+        else:
+            console.print_error(
+                f"Unexpected {type(error).__name__}: {error}. relay --debug … shows where it "
+                "comes from."
+            )
         sys.exit(1)

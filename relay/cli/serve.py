@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import structlog
 import typer
 import uvloop
 
@@ -12,6 +14,7 @@ from relay.cli.console import warn_of_unknown
 from relay.cli.load import load_worker
 from relay.cli.logs import configure_logging
 from relay.config import find_unknown_variables, load_settings
+from relay.errors import RelayError
 
 RedisUrl = Annotated[
     str | None,
@@ -66,7 +69,7 @@ def gateway(
     settings.require_token_keys()
     warn_of_unknown(find_unknown_variables())
     configure_logging(settings)
-    uvloop.run(serve(settings))
+    _run(serve(settings))
 
 
 def worker(
@@ -103,4 +106,15 @@ def worker(
     settings = load_settings(redis_url=redis_url, worker_concurrency=concurrency)
     warn_of_unknown(find_unknown_variables())
     configure_logging(settings)
-    uvloop.run(load_worker(reference, app_dir).serve(settings))
+    _run(load_worker(reference, app_dir).serve(settings))
+
+
+def _run(process: Coroutine[Any, Any, None]) -> None:
+    try:
+        uvloop.run(process)
+    except RelayError:
+        raise
+    except Exception:  # noqa: BLE001 (it is logged, and ends the process)
+        # A server's defect belongs into its log, with its place.
+        structlog.get_logger(__name__).exception("process_failed")
+        raise typer.Exit(1) from None
