@@ -84,7 +84,7 @@ export class ConnectionView {
   }
 
   #drawDetails() {
-    const facts = { ...this.actions.facts(), For: formatDuration(Date.now() - this.#since) };
+    const facts = { ...this.actions.facts(), [`${WORDS[this.#detail.state]} for`]: formatDuration(Date.now() - this.#since) };
     const rows = Object.entries(facts).filter(([, value]) => value !== null && value !== undefined && value !== "");
     this.details.replaceChildren(
       element("dl", {}, ...rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, String(value))])),

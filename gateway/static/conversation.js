@@ -8,6 +8,7 @@ import { MarkdownView } from "./markdown-dom.js";
 import { isEnded, textOf } from "./relay-client.js";
 
 const LONG_MESSAGE_CHARACTERS = 1_200;
+const MAX_RESULT_CHARACTERS = 200_000;
 
 /** The articles of one thread, in order; redraws only runs that changed. */
 export class ConversationView {
@@ -123,15 +124,25 @@ function drawOutgoing({ id, content, state, error }, actions) {
   return node;
 }
 
+/** Make `nodes` the children of `parent`, moving only what is out of place. */
+function arrange(parent, nodes) {
+  const wanted = new Set(nodes);
+  for (const child of [...parent.children]) if (!wanted.has(child)) child.remove();
+  nodes.forEach((node, index) => {
+    if (parent.children[index] !== node) parent.insertBefore(node, parent.children[index] ?? null);
+  });
+}
+
 /** One run: the user's message and the agent's. */
 class RunView {
   #run = null;
   #version = -1;
   #isSelected = null;
   #question = null;
+  /** item → MarkdownView, item → InputCard */
   #texts = new Map();
-  #result = null;
   #cards = new Map();
+  #result = null;
   #ending = null;
 
   constructor(actions) {
@@ -148,7 +159,6 @@ class RunView {
     );
     this.attempts = element("p", { class: "attempts", hidden: true });
     this.answer = element("div", { class: "answer prose", "aria-live": "polite" });
-    this.cards = element("div", { class: "cards" });
     this.activityWords = element("span", {});
     this.activity = element("p", { class: "activity" }, element("span", { class: "pulse", "aria-hidden": "true" }), this.activityWords);
     this.end = element("div", { class: "ending" });
@@ -158,7 +168,6 @@ class RunView {
       this.byline,
       this.attempts,
       this.answer,
-      this.cards,
       this.activity,
       this.end,
     );
@@ -190,14 +199,12 @@ class RunView {
     this.#updateQuestion(run);
     this.#updateHead(run);
     this.#updateAnswer(run);
-    this.#updateCards(run);
     this.#updateEnding(run);
     this.tick(this.actions.nowMs());
   }
 
   #forget() {
     this.answer.replaceChildren();
-    this.cards.replaceChildren();
     this.#texts.clear();
     this.#cards.clear();
     this.#result = null;
@@ -226,59 +233,52 @@ class RunView {
     if (!isOver) setText(this.activityWords, activityOf(run));
     const retry = run.items.findLast((item) => item.type === "agent_retrying");
     this.attempts.hidden = !retry;
-    if (retry) setText(this.attempts, `Attempt ${retry.nextAttempt}. The one before: ${retry.reason ?? "failed"}`);
+    if (retry) setText(this.attempts, `Attempt ${retry.nextAttempt} · ${retry.reason ?? "The one before failed"}`);
   }
 
+  /** What the agent wrote and asked, in the order in which it did. */
   #updateAnswer(run) {
-    if (run.status === "completed") {
-      this.#showResult(run);
-      return;
-    }
-    const wanted = new Set(run.messages);
-    for (const [message, view] of this.#texts) {
-      if (wanted.has(message)) continue;
-      view.root.remove();
-      this.#texts.delete(message);
-    }
-    for (const message of run.messages) {
-      let view = this.#texts.get(message);
-      if (!view) {
-        view = new MarkdownView(element("div", { class: "piece" }));
-        this.#texts.set(message, view);
-        this.answer.append(view.root);
-      }
-      view.update(message.text.toString());
-    }
-  }
-
-  #showResult(run) {
-    if (this.#result === run) return;
-    this.#result = run;
-    const isText = typeof run.result === "string";
-    // What was streamed is what is shown already, unless the agent answers with something else.
-    if (isText && this.#texts.size === 1 && run.result === textOf(run)) {
-      const [message, view] = [...this.#texts][0];
-      view.update(message.text.toString());
-      return;
-    }
-    this.#texts.clear();
-    const view = new MarkdownView(element("div", { class: "piece" }));
-    const missing = run.result === null || run.result === undefined;
-    view.update(isText ? run.result : missing ? (run.summary ?? textOf(run)) : `\`\`\`json\n${formatValue(run.result, 200_000)}\n\`\`\``);
-    this.answer.replaceChildren(view.root);
-  }
-
-  #updateCards(run) {
+    const asked = run.items.some((item) => item.type === "input_requested" && !item.isSuperseded);
+    const isStreamed = run.status !== "completed" || (run.result === textOf(run) && (asked || run.messages.length === 1));
+    const nodes = [];
     for (const item of run.items) {
-      if (item.type !== "input_requested") continue;
-      let card = this.#cards.get(item.requestId);
-      if (!card) {
-        card = new InputCard(item, (answer) => this.actions.answer(run.runId, item.requestId, answer));
-        this.#cards.set(item.requestId, card);
-        this.cards.append(card.root);
-      }
-      card.update(item);
+      if (item.isSuperseded) continue;
+      if (item.type === "input_requested") nodes.push(this.#card(run, item));
+      if (item.type === "text_delta" && isStreamed) nodes.push(this.#piece(run, item));
     }
+    // The result is the truth, also where the agent streamed something else or in several parts.
+    if (!isStreamed) nodes.push(this.#drawResult(run));
+    arrange(this.answer, nodes);
+  }
+
+  #piece(run, item) {
+    let view = this.#texts.get(item);
+    if (!view) {
+      view = new MarkdownView(element("div", { class: "piece" }));
+      this.#texts.set(item, view);
+    }
+    const message = run.messages.find((known) => known.item === item);
+    view.update(message.text.toString());
+    return view.root;
+  }
+
+  #card(run, item) {
+    let card = this.#cards.get(item);
+    if (!card) {
+      card = new InputCard(item, (answer) => this.actions.answer(run.runId, item.requestId, answer));
+      this.#cards.set(item, card);
+    }
+    card.update(item);
+    return card.root;
+  }
+
+  #drawResult(run) {
+    if (this.#result) return this.#result.root;
+    this.#result = new MarkdownView(element("div", { class: "piece" }));
+    if (typeof run.result === "string") this.#result.update(run.result);
+    else if (run.result === null || run.result === undefined) this.#result.update(run.summary ?? textOf(run));
+    else this.#result.update(`\`\`\`json\n${formatValue(run.result, MAX_RESULT_CHARACTERS)}\n\`\`\``);
+    return this.#result.root;
   }
 
   #updateEnding(run) {

@@ -86,6 +86,7 @@ export function completenessOf(run, isRunning) {
   if (run.lastSeq === 0) return null;
   if (run.hasHole) return { isWhole: false, text: "Part of this run’s history is missing" };
   if (run.firstSeq > 1) return { isWhole: false, text: `Events 1–${run.firstSeq - 1} are no longer kept` };
+  if (run.status === "lost") return { isWhole: false, text: `What came after event ${run.lastSeq} is lost` };
   const events = run.lastSeq === 1 ? "Event 1" : `Events 1–${run.lastSeq}`;
   return { isWhole: true, text: isRunning ? `${events}, none missing so far` : `${events}, none missing` };
 }

@@ -26,6 +26,7 @@ export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+const CIRCLE = "M12 3.5a8.5 8.5 0 1 1 0 17a8.5 8.5 0 0 1 0-17z";
 const ICON_PATHS = {
   send: ["M12 19V5", "M5.5 11.5 12 5l6.5 6.5"],
   stop: ["M7.5 7.5h9v9h-9z"],
@@ -34,8 +35,8 @@ const ICON_PATHS = {
   cross: ["M6.5 6.5l11 11", "M17.5 6.5l-11 11"],
   retry: ["M19.5 12a7.5 7.5 0 1 1-2.2-5.3", "M19.5 3.5v4h-4"],
   down: ["M12 5v14", "M5.5 12.5 12 19l6.5-6.5"],
-  question: ["M9 9.2a3 3 0 1 1 4.4 2.7c-.9.5-1.4 1-1.4 2", "M12 17.2v.1"],
-  warning: ["M12 8v5", "M12 16.3v.1"],
+  question: [CIRCLE, "M9.6 9.7a2.4 2.4 0 1 1 3.5 2.2c-.7.4-1.1.8-1.1 1.6", "M12 16.4v.1"],
+  warning: [CIRCLE, "M12 7.8v5", "M12 16v.1"],
   chevron: ["M8.5 6l6 6-6 6"],
 };
 

@@ -323,7 +323,7 @@ const APPLY = {
   agent_retrying(run, event, data) {
     closeOpenItems(run, event, "error");
     for (const item of run.items) {
-      if (item.isSuperseded) continue;
+      if (item.isSuperseded || item.type === "agent_queued") continue;
       item.isSuperseded = true;
       item.version += 1;
     }

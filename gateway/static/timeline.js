@@ -140,8 +140,9 @@ export class TimelineView {
     const endMs = isOver ? Date.parse(run.endedAt ?? run.items.at(-1)?.at) : nowMs;
     const spanMs = Math.max(1, endMs - startMs);
     const words = isOver ? formatDuration(spanMs) : formatElapsed(spanMs);
-    setText(this.elapsed, Number.isNaN(spanMs) ? "" : words);
-    const isTimed = !Number.isNaN(spanMs);
+    // How long a run took whose end was lost is not known.
+    const isTimed = !Number.isNaN(spanMs) && run.status !== "lost";
+    setText(this.elapsed, isTimed ? words : "");
     this.axis.hidden = !isTimed || run.items.length < 2;
     if (!isTimed) return;
     setText(this.axis.children[1], formatElapsed(spanMs / 2));
@@ -262,7 +263,7 @@ class Row {
     const { time, bar } = this.#parts;
     const atMs = Date.parse(item.at ?? "");
     if (!bar) {
-      setText(time, Number.isNaN(atMs) || atMs <= startMs ? "" : `+${formatElapsed(atMs - startMs)}`);
+      setText(time, Number.isNaN(atMs) || atMs - startMs < 50 ? "" : `+${formatElapsed(atMs - startMs)}`);
       this.#isSettled = true;
       return;
     }
