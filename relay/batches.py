@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from relay.codec import RunEnvelope
+from relay.columns import Columns
 from relay.errors import PublishRefused, RunEnded, StaleFence
 from relay.events import EventType, Kind
 
@@ -104,20 +105,11 @@ class OutgoingBatches:
             return self._text_since_ms + merge_ms
         return None
 
-    def add_event(
-        self,
-        event_type: EventType,
-        event: bytes,
-        *,
-        op: str = "",
-        op_id: str = "",
-        op_value: str = "",
-        digest: str = "",
-    ) -> None:
+    def add_event(self, columns: Columns) -> None:
         """Take an encoded lifecycle event. It ends the current message."""
-        arguments = (int(event_type.kind), op, op_id, op_value, event, digest)
-        self._pending.append(_Item(arguments, len(event)))
-        self.size_bytes += len(event)
+        size = len(columns.event)
+        self._pending.append(_Item(tuple(columns), size))
+        self.size_bytes += size
         self._message = None
         self._has_urgent = True
 

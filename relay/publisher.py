@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import structlog
 
 from relay.batches import Acknowledged, Batch, OutgoingBatches
-from relay.codec import Task, encode_json, redact
+from relay.codec import Task, redact
+from relay.columns import columns_of
 from relay.errors import (
     AgentError,
     PublishRefused,
@@ -26,7 +26,7 @@ from relay.errors import (
 )
 from relay.events import EventType, validate_data
 from relay.grammar import RunGrammar
-from relay.keys import BODY_THRESHOLD_BYTES, Keys
+from relay.keys import Keys
 from relay.runs import Claim
 from relay.scripts import RedisLink, ScriptCall, ScriptFailed
 from relay.tasks import dispatch
@@ -56,20 +56,6 @@ STREAM_BUFFER_BYTES = 1024 * 1024
 MAX_EVENT_BYTES = 32 * 1024 * 1024
 PIPELINE_CALLS = 128
 _RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 1.0
-
-_OPERATIONS = {
-    EventType.AGENT_STARTED: ("start", None, None),
-    EventType.TOOL_EXECUTING: ("tool+", "tool_call_id", "tool_name"),
-    EventType.TOOL_COMPLETED: ("tool-", "tool_call_id", None),
-    EventType.INPUT_REQUESTED: ("input+", "request_id", None),
-    EventType.INPUT_RESOLVED: ("input-", "request_id", None),
-    EventType.AGENT_RETRYING: ("retry", None, None),
-}
-_END_STATUS = {
-    EventType.AGENT_COMPLETED: "completed",
-    EventType.AGENT_ERROR: "error",
-    EventType.AGENT_CANCELLED: "cancelled",
-}
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -126,25 +112,9 @@ class RunStream:
         if len(event) > MAX_EVENT_BYTES:
             raise AgentError("payload_too_large")
         self.grammar.apply(event_type, valid)
-        op, id_field, value_field = _OPERATIONS.get(event_type, ("", None, None))
-        op_value = str(valid[value_field]) if value_field else ""
-        if event_type in _END_STATUS:
-            op, op_value = "end", _END_STATUS[event_type]
-        elif event_type is EventType.INPUT_REQUESTED:
-            op_value = self._publisher.encode_input(valid)
-        elif event_type is EventType.TOOL_EXECUTING:
+        if event_type is EventType.TOOL_EXECUTING:
             self._tools_since[valid["tool_call_id"]] = time.monotonic()
-        digest = ""
-        if len(event) > BODY_THRESHOLD_BYTES:
-            digest = hashlib.sha256(event).hexdigest()
-        self.batches.add_event(
-            event_type,
-            event,
-            op=op,
-            op_id=str(valid[id_field]) if id_field else "",
-            op_value=op_value,
-            digest=digest,
-        )
+        self.batches.add_event(columns_of(event_type, valid, event))
         self._publisher.wake()
 
     async def delta(self, text: str) -> None:
@@ -326,11 +296,6 @@ class Publisher:
     def wake(self) -> None:
         """Look for batches that are due."""
         self._wake.set()
-
-    def encode_input(self, data: Mapping[str, Any]) -> str:
-        """Give what the run's hash keeps of an open input request."""
-        kept = {name: value for name, value in data.items() if name != "request_id"}
-        return encode_json(kept).decode()
 
     async def _send_forever(self) -> None:
         while True:

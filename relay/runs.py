@@ -13,6 +13,7 @@ from typing import Any, Literal
 import orjson
 
 from relay.codec import RunEnvelope, Task, encode_json
+from relay.columns import lifecycle_columns
 from relay.errors import DecodingFailed, RequestRefused
 from relay.events import EventType, format_timestamp, validate_data
 from relay.keys import Keys
@@ -422,8 +423,8 @@ class RunRegistry:
                 run_id,
                 attempt,
                 orjson.dumps(flag),
-                _encode(envelope, EventType.CANCEL_REQUESTED, now_ms, flag),
-                _encode(envelope, EventType.AGENT_CANCELLED, now_ms, ended),
+                *lifecycle_columns(envelope, EventType.CANCEL_REQUESTED, now_ms, flag),
+                *lifecycle_columns(envelope, EventType.AGENT_CANCELLED, now_ms, ended),
             )
             [reply] = await self._link.run([call])
             outcome = await self._cancelled(user_id, run_id, flag, [_text(part) for part in reply])
@@ -497,12 +498,6 @@ class RunRegistry:
 def _agent_from(name: bytes | str, stored: bytes | str) -> AgentInfo:
     fields = orjson.loads(stored)
     return AgentInfo(_text(name), fields.get("description", ""), fields.get("policy", "enqueue"))
-
-
-def _encode(
-    envelope: RunEnvelope, event_type: EventType, now_ms: int, data: dict[str, Any]
-) -> bytes:
-    return envelope.encode(event_type, now_ms, validate_data(event_type, data))
 
 
 def _text(value: bytes | str | None) -> str:

@@ -1,0 +1,73 @@
+"""Lifecycle events in the form that the scripts read: six columns for each event.
+
+One place says what an event does to its run's hash, for the publisher, for cancel, for answers to
+input requests and for the reaper alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from relay.codec import RunEnvelope, encode_json
+from relay.events import EventType, Kind, validate_data
+from relay.keys import BODY_THRESHOLD_BYTES
+
+END_STATUS = {
+    EventType.AGENT_COMPLETED: "completed",
+    EventType.AGENT_ERROR: "error",
+    EventType.AGENT_CANCELLED: "cancelled",
+}
+
+
+class Columns(NamedTuple):
+    """One lifecycle event as a script's arguments."""
+
+    kind: int
+    op: str
+    op_id: str
+    op_value: str
+    event: bytes
+    digest: str
+
+
+def columns_of(event_type: EventType, data: Mapping[str, Any], event: bytes) -> Columns:
+    """Say what an encoded event does to its run.
+
+    Args:
+        event_type: A lifecycle event's type.
+        data: Its validated data.
+        event: Its stored bytes.
+    """
+    op, op_id, op_value = "", "", ""
+    match event_type:
+        case EventType.AGENT_STARTED:
+            op = "start"
+        case EventType.TOOL_EXECUTING:
+            op, op_id, op_value = "tool+", data["tool_call_id"], data["tool_name"]
+        case EventType.TOOL_COMPLETED:
+            op, op_id = "tool-", data["tool_call_id"]
+        case EventType.INPUT_REQUESTED:
+            kept = {name: value for name, value in data.items() if name != "request_id"}
+            op, op_id, op_value = "input+", data["request_id"], encode_json(kept).decode()
+        case EventType.INPUT_RESOLVED:
+            op, op_id = "input-", data["request_id"]
+        case EventType.AGENT_RETRYING:
+            op, op_value = "retry", str(data["delay_ms"])
+        case _ if event_type in END_STATUS:
+            op, op_value = "end", END_STATUS[event_type]
+    digest = hashlib.sha256(event).hexdigest() if len(event) > BODY_THRESHOLD_BYTES else ""
+    return Columns(int(Kind.EVENT), op, op_id, op_value, event, digest)
+
+
+def lifecycle_columns(
+    envelope: RunEnvelope, event_type: EventType, now_ms: int, data: Mapping[str, Any]
+) -> Columns:
+    """Validate and encode an event, and say what it does to its run.
+
+    Raises:
+        InvalidEvent, EncodingFailed: The data do not fit.
+    """
+    valid = validate_data(event_type, dict(data))
+    return columns_of(event_type, valid, envelope.encode(event_type, now_ms, valid))
