@@ -16,6 +16,7 @@ from agent_worker import endings, metrics
 from agent_worker.agent_call import AgentCall
 from agent_worker.definition import AgentDefinition
 from agent_worker.endings import Ending
+from agent_worker.outlet import Outlet
 from agent_worker.run import Run, RunInfo
 from agent_worker.sync_run import call_in_thread
 from relay.errors import AgentError, EncodingFailed, InvalidEvent, PublishRefused, RunEnded
@@ -128,9 +129,10 @@ class RunExecution:
             run_id=info.run_id, agent=info.agent, user_id=info.user_id, attempt=info.attempt
         )
         self._began_s = self._clock()
-        run = Run(info, stream, clock=self._clock)
+        outlet = Outlet(stream, clock=self._clock)
+        run = Run(info, outlet)
         try:
-            ending = await self._reach_ending(run, stream, log)
+            ending = await self._reach_ending(run, outlet, stream, log)
             if ending is None:
                 return self._report_refused(log)
             return await self._publish_ending(ending, stream, log)
@@ -138,11 +140,15 @@ class RunExecution:
             self.refuse(refusal)
             return self._report_refused(log)
         finally:
-            run.close("the run has ended")
+            outlet.close("the run has ended")
             stream.close()
 
     async def _reach_ending(
-        self, run: Run, stream: RunStream, log: structlog.typing.FilteringBoundLogger
+        self,
+        run: Run,
+        outlet: Outlet,
+        stream: RunStream,
+        log: structlog.typing.FilteringBoundLogger,
     ) -> Ending | None:
         if self._stop.is_set():
             # Cancelled between the request and this worker's claim: the agent never begins.
@@ -152,7 +158,7 @@ class RunExecution:
         call = AgentCall(self._begin(run), name=f"agent-{run.run_id}")
         try:
             if not await self._wait_for(call, stream):
-                await self._halt(call, run, log)
+                await self._halt(call, outlet, log)
         except asyncio.CancelledError:
             # The worker itself is being cancelled; the agent must not outlive it.
             call.task.cancel()
@@ -197,13 +203,13 @@ class RunExecution:
             self.request_stop(read_cancel_flag(stream.cancel_requested))
 
     async def _halt(
-        self, call: AgentCall, run: Run, log: structlog.typing.FilteringBoundLogger
+        self, call: AgentCall, outlet: Outlet, log: structlog.typing.FilteringBoundLogger
     ) -> None:
         log.info("run_stopping", cause=_describe(self._refusal or self._cause))
         if self._refusal is not None:
-            run.close(f"the run was taken from this attempt: {self._refusal}")
+            outlet.close(f"the run was taken from this attempt: {self._refusal}")
         if not await call.stop(self._cancel_grace_s, self._hurry):
-            run.close("the run has ended: the agent did not stop in time after a cancellation")
+            outlet.close("the run has ended: the agent did not stop in time after a cancellation")
             call.abandon()
             metrics.AGENTS_ABANDONED.labels(self._definition.name).inc()
             log.warning(

@@ -6,17 +6,13 @@ point; nothing of such a call reaches the user.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from agent_worker.outlet import Outlet
 from agent_worker.tool import Tool, innermost_tool
-from relay.errors import EncodingFailed, GrammarViolation, InvalidEvent
+from relay.errors import GrammarViolation
 from relay.events import EventType
-
-if TYPE_CHECKING:
-    from relay.publisher import RunStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +50,9 @@ class Run:
     arrives as ``asyncio.CancelledError`` at any await.
     """
 
-    def __init__(
-        self,
-        info: RunInfo,
-        stream: RunStream,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, info: RunInfo, outlet: Outlet) -> None:
         self._info = info
-        self._stream = stream
-        self._clock = clock
-        self._closed_because: str | None = None
+        self._outlet = outlet
 
     @property
     def run_id(self) -> str:
@@ -99,7 +87,7 @@ class Run:
     @property
     def text(self) -> str:
         """All text streamed in this attempt, over all messages."""
-        return self._stream.text
+        return self._outlet.text
 
     async def thinking(
         self,
@@ -114,7 +102,7 @@ class Run:
         Raises:
             InvalidEvent: A value has the wrong type or range.
         """
-        await self.publish(
+        await self._outlet.publish(
             EventType.AGENT_THINKING,
             {
                 "thought": thought,
@@ -145,7 +133,7 @@ class Run:
             estimated_duration_ms: How long it usually takes.
         """
         given = {} if parameters is None else parameters
-        return Tool(self, name, given, purpose, estimated_duration_ms)
+        return Tool(self._outlet, name, given, purpose, estimated_duration_ms)
 
     async def delta(self, text: str) -> None:
         """Stream a piece of the answer. Pieces are joined in order; an empty one does nothing.
@@ -154,13 +142,7 @@ class Run:
             InvalidEvent: ``text`` is not text.
             EncodingFailed: It has no UTF-8 form.
         """
-        self._require_open(EventType.TEXT_DELTA)
-        if not isinstance(text, str):
-            raise InvalidEvent(f"text_delta: text must be str, not {type(text).__name__}")
-        try:
-            await self._stream.delta(text)
-        except UnicodeEncodeError as error:
-            raise EncodingFailed("data.text", "a lone surrogate has no UTF-8 form") from error
+        await self._outlet.delta(text)
 
     async def progress(self, percentage: float | None = None, note: str | None = None) -> None:
         """Say how far the innermost open tool of the current task is.
@@ -171,7 +153,7 @@ class Run:
             GrammarViolation: No tool of this run is open here.
             InvalidEvent: ``percentage`` is not within 0 to 100.
         """
-        tool = innermost_tool(self)
+        tool = innermost_tool(self._outlet)
         if tool is None:
             raise GrammarViolation(
                 EventType.TOOL_PROGRESS, "no tool is open; call it within `async with run.tool(…)`"
@@ -184,39 +166,4 @@ class Run:
         Raises:
             EncodingFailed: ``value`` has no JSON form; the error names the place.
         """
-        await self.publish(EventType.CUSTOM, {"name": name, "value": value})
-
-    async def publish(self, event_type: EventType, data: dict[str, Any]) -> None:
-        """Publish a lifecycle event; the methods above are the ways to do it by name.
-
-        Raises:
-            InvalidEvent: The data does not match the type's fields.
-            EncodingFailed: A value has no JSON form.
-            GrammarViolation: The event is not legal at this point of the run.
-            PublishRefused: The run was ended or taken over elsewhere.
-        """
-        self._require_open(event_type)
-        await self._stream.publish(event_type, data)
-
-    async def publish_progress(
-        self, tool_call_id: str, percentage: float | None, note: str | None
-    ) -> None:
-        """Publish a tool's progress; ``Tool.progress`` is the way to do it."""
-        self._require_open(EventType.TOOL_PROGRESS)
-        await self._stream.progress(tool_call_id, percentage, note)
-
-    def close(self, reason: str) -> None:
-        """Let everything that is published from now on raise in the agent."""
-        self._closed_because = self._closed_because or reason
-
-    def elapsed_ms(self, since_s: float) -> int:
-        """Give the whole milliseconds since a reading of the monotonic clock."""
-        return max(0, round((self._clock() - since_s) * 1000))
-
-    def now_s(self) -> float:
-        """Read the monotonic clock."""
-        return self._clock()
-
-    def _require_open(self, event_type: EventType) -> None:
-        if self._closed_because is not None:
-            raise GrammarViolation(event_type, self._closed_because)
+        await self._outlet.publish(EventType.CUSTOM, {"name": name, "value": value})

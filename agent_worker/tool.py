@@ -14,7 +14,7 @@ from relay.errors import AgentError, EncodingFailed, InvalidEvent, RelayError
 from relay.events import EventType
 
 if TYPE_CHECKING:
-    from agent_worker.run import Run
+    from agent_worker.outlet import Outlet
 
 TOOL_FAILED = "The tool ran into a problem."
 """Shown for an exception inside a tool that is not an ``AgentError``."""
@@ -35,7 +35,7 @@ class Tool:
 
     def __init__(
         self,
-        run: Run,
+        outlet: Outlet,
         name: str,
         parameters: Any,
         purpose: str | None,
@@ -44,7 +44,7 @@ class Tool:
         self.result: Any = None
         self.tool_call_id = f"call_{secrets.token_hex(8)}"
         self.outer: Tool | None = None
-        self._run = run
+        self._outlet = outlet
         self._name = name
         self._announcement = {
             "tool_call_id": self.tool_call_id,
@@ -61,9 +61,9 @@ class Tool:
         """Whether the block has been entered and not left."""
         return self._is_open
 
-    def belongs_to(self, run: Run) -> bool:
-        """Whether this is a tool of ``run``."""
-        return self._run is run
+    def publishes_to(self, outlet: Outlet) -> bool:
+        """Whether this is a tool of the run with ``outlet``."""
+        return self._outlet is outlet
 
     async def progress(self, percentage: float | None = None, note: str | None = None) -> None:
         """Say how far the tool is; only the latest progress is delivered, at best effort.
@@ -72,7 +72,7 @@ class Tool:
             GrammarViolation: The block has been left.
             InvalidEvent: ``percentage`` is not within 0 to 100.
         """
-        await self._run.publish_progress(self.tool_call_id, percentage, note)
+        await self._outlet.progress(self.tool_call_id, percentage, note)
 
     async def __aenter__(self) -> Self:
         await self.begin()
@@ -90,8 +90,8 @@ class Tool:
 
     async def begin(self) -> None:
         """Announce the call."""
-        self._began_s = self._run.now_s()
-        await self._run.publish(EventType.TOOL_EXECUTING, self._announcement)
+        self._began_s = self._outlet.now_s()
+        await self._outlet.publish(EventType.TOOL_EXECUTING, self._announcement)
         self._is_open = True
 
     def become_innermost(self) -> None:
@@ -139,10 +139,12 @@ class Tool:
                 await self._complete("error", error=TOOL_FAILED)
         except RelayError as refusal:
             # What ended the block must reach the author, not that it could not be told.
-            _log.debug("tool_end_not_published", run_id=self._run.run_id, reason=str(refusal))
+            _log.debug(
+                "tool_end_not_published", tool_call_id=self.tool_call_id, reason=str(refusal)
+            )
 
     async def _complete(self, status: str, *, result: Any = None, error: str | None = None) -> None:
-        await self._run.publish(
+        await self._outlet.publish(
             EventType.TOOL_COMPLETED,
             {
                 "tool_call_id": self.tool_call_id,
@@ -150,16 +152,16 @@ class Tool:
                 "status": status,
                 "result": result,
                 "error": error,
-                "duration_ms": self._run.elapsed_ms(self._began_s),
+                "duration_ms": self._outlet.elapsed_ms(self._began_s),
             },
         )
 
 
-def innermost_tool(run: Run) -> Tool | None:
-    """Give the innermost tool of ``run`` that is open in the current context, if there is one."""
+def innermost_tool(outlet: Outlet) -> Tool | None:
+    """Give the innermost tool of a run that is open in the current context, if any."""
     tool = _innermost.get()
     # A task that outlives the block in which it was started has inherited a closed tool.
-    while tool is not None and not (tool.is_open and tool.belongs_to(run)):
+    while tool is not None and not (tool.is_open and tool.publishes_to(outlet)):
         tool = tool.outer
     return tool
 

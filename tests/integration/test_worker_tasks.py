@@ -98,6 +98,7 @@ async def test_worker_never_has_more_tasks_than_its_concurrency(
     at_work: set[str] = set()
     most = 0
     most_pending = 0
+    is_full = asyncio.Event()
     names = [f"a{n}" for n in range(agents)]
 
     async with Client(settings) as client:
@@ -111,7 +112,11 @@ async def test_worker_never_has_more_tasks_than_its_concurrency(
                 summary = await client.link.client.xpending(client.keys.tasks(name), "workers")
                 pending += int(summary["pending"])
             most_pending = max(most_pending, pending)
-            await asyncio.sleep(0.01)
+            # All places must be taken once; after that every run is over at once.
+            if len(at_work) == concurrency:
+                is_full.set()
+            async with asyncio.timeout(5):
+                await is_full.wait()
             at_work.discard(run.run_id)
             return "ok"
 

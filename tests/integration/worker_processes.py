@@ -13,6 +13,8 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import uvloop
+
 from agent_worker import Run, Worker
 from relay.config import Settings, load_settings
 
@@ -88,4 +90,4 @@ async def worker_process(settings: Settings) -> AsyncIterator[WorkerProcess]:
 
 
 if __name__ == "__main__":
-    asyncio.run(worker.serve(load_settings(env_file=None)))
+    uvloop.run(worker.serve(load_settings(env_file=None)))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
 
+from agent_worker.outlet import Outlet
 from agent_worker.run import Request, Run, RunInfo
 from relay.codec import encode_json
 from relay.errors import PublishRefused
@@ -73,7 +75,10 @@ def make_info(content: str = "hello", attempt: int = 1) -> RunInfo:
     return RunInfo("run_1", "alice", "t1", "echo", attempt, request)
 
 
-async def make_run() -> tuple[Run, RecordingStream]:
+async def make_run(
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[Run, RecordingStream, Outlet]:
     stream = RecordingStream()
     await stream.publish(EventType.AGENT_STARTED, {})
-    return Run(make_info(), stream), stream  # type: ignore[arg-type]
+    outlet = Outlet(stream, clock=clock)  # type: ignore[arg-type]
+    return Run(make_info(), outlet), stream, outlet

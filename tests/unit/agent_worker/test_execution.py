@@ -267,7 +267,7 @@ async def test_agent_that_ignores_cancellation_is_abandoned_after_the_grace_time
                     swallowed.append("again")
         except GeneratorExit:
             try:
-                run.publish(EventType.AGENT_THINKING, {"thought": "x"}).send(None)
+                run.thinking("x").send(None)
             except GrammarViolation as error:
                 late.append(error)
             raise

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 
-from agent_worker import AgentError, Run
+from agent_worker import AgentError
 from agent_worker.tool import TOOL_FAILED
 from relay.errors import EncodingFailed, GrammarViolation, InvalidEvent, RunEnded
 from relay.events import EventType
-from tests.unit.agent_worker.recording_stream import RecordingStream, make_info, make_run
+from tests.unit.agent_worker.recording_stream import make_run
 
 COMPLETED = EventType.TOOL_COMPLETED
 PROGRESS = EventType.TOOL_PROGRESS
 
 
 async def test_run_tells_who_asked_for_what() -> None:
-    run, _ = await make_run()
+    run, _, _ = await make_run()
     assert (run.run_id, run.user_id, run.thread_id) == ("run_1", "alice", "t1")
     assert (run.agent, run.attempt) == ("echo", 1)
     assert run.request.content == "hello"
@@ -26,7 +26,7 @@ async def test_run_tells_who_asked_for_what() -> None:
 
 
 async def test_thinking_publishes_what_was_given_only() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
     await run.thinking("Looking", step=1, total_steps=2)
     assert stream.events[-1] == (
         "agent_thinking",
@@ -35,7 +35,7 @@ async def test_thinking_publishes_what_was_given_only() -> None:
 
 
 async def test_wrong_values_raise_and_reach_nobody() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
     with pytest.raises(InvalidEvent, match="progress_percentage"):
         await run.thinking("x", progress_percentage=101)
     with pytest.raises(InvalidEvent, match="must be str, not bytes"):
@@ -48,7 +48,7 @@ async def test_wrong_values_raise_and_reach_nobody() -> None:
 
 
 async def test_deltas_make_up_the_text() -> None:
-    run, _ = await make_run()
+    run, _, _ = await make_run()
     for piece in ("Hel", "", "lo ", "wörld 🌍"):
         await run.delta(piece)
     assert run.text == "Hello wörld 🌍"
@@ -56,9 +56,7 @@ async def test_deltas_make_up_the_text() -> None:
 
 async def test_tool_shows_its_call_and_its_result() -> None:
     times = iter([10.0, 10.25])
-    stream = RecordingStream()
-    await stream.publish(EventType.AGENT_STARTED, {})
-    run = Run(make_info(), stream, clock=lambda: next(times))  # type: ignore[arg-type]
+    run, stream, _ = await make_run(clock=lambda: next(times))
     async with run.tool("search", {"q": "x"}, "Find it", 300) as tool:
         tool.result = {"hits": 3}
     call = tool.tool_call_id
@@ -87,7 +85,7 @@ async def test_tool_shows_its_call_and_its_result() -> None:
 
 
 async def test_exception_in_a_tool_passes_and_its_text_stays_inside() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
     with pytest.raises(ConnectionError, match="secret-host"):
         async with run.tool("search"):
             raise ConnectionError("secret-host:5432 refused")
@@ -99,7 +97,7 @@ async def test_exception_in_a_tool_passes_and_its_text_stays_inside() -> None:
 
 
 async def test_agent_error_in_a_tool_shows_the_authors_words() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
     with pytest.raises(AgentError):
         async with run.tool("search"):
             raise AgentError("upstream_unavailable", "The library is closed.")
@@ -107,7 +105,7 @@ async def test_agent_error_in_a_tool_shows_the_authors_words() -> None:
 
 
 async def test_an_agent_may_go_on_after_a_failed_tool() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
     for name in ("first", "second"):
         try:
             async with run.tool(name) as tool:
@@ -120,7 +118,7 @@ async def test_an_agent_may_go_on_after_a_failed_tool() -> None:
 
 
 async def test_cancelled_tool_is_shown_as_cancelled() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
     entered = asyncio.Event()
 
     async def agent() -> None:
@@ -139,7 +137,7 @@ async def test_cancelled_tool_is_shown_as_cancelled() -> None:
 
 
 async def test_unencodable_result_fails_the_tool_and_raises_with_the_place() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
     with pytest.raises(EncodingFailed, match=r"data\.result\.items\[1\]"):
         async with run.tool("search") as tool:
             tool.result = {"items": [1, object()]}
@@ -148,7 +146,7 @@ async def test_unencodable_result_fails_the_tool_and_raises_with_the_place() -> 
 
 
 async def test_original_exception_survives_a_refused_end_of_the_tool() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
 
     async def agent() -> None:
         async with run.tool("search"):
@@ -160,7 +158,7 @@ async def test_original_exception_survives_a_refused_end_of_the_tool() -> None:
 
 
 async def test_parallel_tools_report_progress_each_for_itself() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
 
     async def work(name: str, percentage: float) -> str:
         async with run.tool(name) as tool:
@@ -176,7 +174,7 @@ async def test_parallel_tools_report_progress_each_for_itself() -> None:
 
 
 async def test_progress_speaks_for_the_innermost_tool() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
     async with run.tool("outer") as outer:
         async with run.tool("inner") as inner:
             await run.progress(1)
@@ -190,7 +188,7 @@ async def test_progress_speaks_for_the_innermost_tool() -> None:
 
 
 async def test_progress_without_an_open_tool_raises() -> None:
-    run, _ = await make_run()
+    run, _, _ = await make_run()
     with pytest.raises(GrammarViolation, match="no tool is open"):
         await run.progress(1)
     async with run.tool("a") as tool:
@@ -202,7 +200,7 @@ async def test_progress_without_an_open_tool_raises() -> None:
 
 
 async def test_task_that_outlives_its_tool_speaks_for_the_tool_around_it() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
     go_on = asyncio.Event()
 
     async def background() -> None:
@@ -219,8 +217,8 @@ async def test_task_that_outlives_its_tool_speaks_for_the_tool_around_it() -> No
 
 
 async def test_tool_of_another_run_is_not_mistaken_for_this_runs() -> None:
-    first, _ = await make_run()
-    second, stream = await make_run()
+    first, _, _ = await make_run()
+    second, stream, _ = await make_run()
     async with first.tool("a"):
         with pytest.raises(GrammarViolation, match="no tool is open"):
             await second.progress(1)
@@ -228,7 +226,7 @@ async def test_tool_of_another_run_is_not_mistaken_for_this_runs() -> None:
 
 
 async def test_abandoned_generator_does_not_publish_from_its_tool() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
 
     async def pieces() -> AsyncIterator[int]:
         async with run.tool("stream"):
@@ -244,9 +242,9 @@ async def test_abandoned_generator_does_not_publish_from_its_tool() -> None:
 
 
 async def test_closed_run_refuses_every_call_with_the_reason() -> None:
-    run, stream = await make_run()
-    run.close("the run has ended")
-    run.close("a later reason does not count")
+    run, stream, outlet = await make_run()
+    outlet.close("the run has ended")
+    outlet.close("a later reason does not count")
     for call in (
         run.thinking("x"),
         run.delta("x"),

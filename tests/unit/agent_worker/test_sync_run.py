@@ -13,7 +13,7 @@ from tests.unit.agent_worker.recording_stream import make_run
 
 
 async def test_plain_function_uses_the_same_calls_without_await() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
 
     def agent(sync: SyncRun) -> str:
         sync.thinking("Counting", step=1)
@@ -38,7 +38,7 @@ async def test_plain_function_uses_the_same_calls_without_await() -> None:
 
 
 async def test_it_runs_in_a_thread_so_that_it_may_block() -> None:
-    run, _ = await make_run()
+    run, _, _ = await make_run()
     release = threading.Event()
 
     def agent(_: SyncRun) -> int:
@@ -53,7 +53,7 @@ async def test_it_runs_in_a_thread_so_that_it_may_block() -> None:
 
 @pytest.mark.parametrize("error", [ValueError("x"), SystemExit(3), StopIteration()])
 async def test_what_it_raises_is_raised_where_it_is_awaited(error: BaseException) -> None:
-    run, _ = await make_run()
+    run, _, _ = await make_run()
 
     def agent(_: SyncRun) -> None:
         raise error
@@ -64,7 +64,7 @@ async def test_what_it_raises_is_raised_where_it_is_awaited(error: BaseException
 
 
 async def test_mistakes_raise_in_the_thread() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
     seen: list[Exception] = []
 
     def agent(sync: SyncRun) -> None:
@@ -80,7 +80,7 @@ async def test_mistakes_raise_in_the_thread() -> None:
 
 
 async def test_cancelling_raises_in_the_call_that_waits() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
     entered, raised = threading.Event(), threading.Event()
 
     def agent(sync: SyncRun) -> None:
@@ -101,7 +101,7 @@ async def test_cancelling_raises_in_the_call_that_waits() -> None:
 
 
 async def test_function_can_ask_whether_it_is_to_stop() -> None:
-    run, _ = await make_run()
+    run, _, _ = await make_run()
     entered = threading.Event()
     late_calls: list[Any] = []
 
@@ -125,7 +125,7 @@ async def test_function_can_ask_whether_it_is_to_stop() -> None:
 
 
 async def test_left_behind_function_cannot_publish_any_more() -> None:
-    run, stream = await make_run()
+    run, stream, _ = await make_run()
     entered, release, ended = threading.Event(), threading.Event(), threading.Event()
     outcome: list[BaseException] = []
 
