@@ -882,10 +882,8 @@ export class RelayClient extends EventTarget {
     } else if (frame.code === "unavailable" && error.retryable) {
       // Redis is away: the command is not lost for that, it waits.
       command.refusals += 1;
-      command.timer ??= setTimeout(
-        () => (this.#isEstablished ? this.#send(command) : (command.timer = null)),
-        500 + reconnectDelayMs(command.refusals, this.#random()),
-      );
+      const waitMs = (frame.retry_after_ms ?? BASE_RETRY_MS) + reconnectDelayMs(command.refusals, this.#random());
+      command.timer ??= setTimeout(() => this.#send(command), waitMs);
     } else {
       this.#settle(frame.id, "reject", error);
     }
@@ -911,17 +909,23 @@ export class RelayClient extends EventTarget {
       this.#halt("stopped", { code: null, reason: "The token is not a valid one." });
       return;
     }
-    let hasOpened = false;
     const socket = this.#socket;
+    let hasOpened = false;
+    let hasEnded = false;
+    const ended = (closed) => {
+      if (hasEnded || generation !== this.#generation) return;
+      hasEnded = true;
+      this.#closed(closed, hasOpened);
+    };
     socket.onopen = () => {
       hasOpened = true;
     };
     socket.onmessage = (message) => {
       if (generation === this.#generation) this.#receive(message.data);
     };
-    socket.onclose = (closed) => {
-      if (generation === this.#generation) this.#closed(closed, hasOpened);
-    };
+    socket.onclose = ended;
+    // Node 20 reports a failed open as an error only; browsers follow it with a close.
+    socket.onerror = () => hasOpened || ended({ code: 1006, reason: "" });
     this.#openTimer = setTimeout(() => {
       this.#forgetSocket(4000, "no answer");
       this.#retryAfter(this.#nextDelayMs(), "The gateway did not answer.");
