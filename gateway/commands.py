@@ -34,14 +34,17 @@ class RunCommands:
         self._reading = asyncio.Lock()
 
     async def agents(self) -> Sequence[AgentInfo]:
-        """List the registered agents, as they were at most a second ago.
+        """List the registered agents, the default first, as they were at most a second ago.
 
         Raises:
             RedisUnavailable: Redis does not answer, so this gateway can serve nobody now.
         """
         async with self._reading:
             if time.monotonic() - self._agents_read_s > AGENTS_MAX_AGE_S:
-                self._agents = await self.registry.agents()
+                # Clients offer the list in this order, so the default comes first.
+                agents = await self.registry.agents()
+                default = self._default_agent
+                self._agents = sorted(agents, key=lambda agent: agent.name != default)
                 self._agents_read_s = time.monotonic()
             return self._agents
 

@@ -159,6 +159,7 @@ class Page {
     const { client } = this;
     return {
       Gateway: client?.node,
+      Address: location.host,
       User: client?.userId,
       Position: client?.position,
       "Not yet sent": client?.pending || null,
