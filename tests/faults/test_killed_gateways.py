@@ -1,0 +1,77 @@
+"""P7: a gateway that is killed costs its clients no event and less than a second."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conftest import OwnRedis
+from tests.faults.accounts import arrive, verify
+from tests.faults.conftest import Report
+from tests.faults.load import Load, keep_publishing
+from tests.faults.sizes import sized
+from tests.support.fleet import Fleet, percentile
+from tests.support.stack import Stack
+
+
+@dataclass(frozen=True)
+class Size:
+    users: int
+    clients_per_user: int
+    published_per_s: float
+    seconds: float
+    kill_every_s: float
+
+
+@sized(
+    small=Size(users=10, clients_per_user=2, published_per_s=100, seconds=7, kill_every_s=3),
+    full=Size(users=100, clients_per_user=2, published_per_s=1_000, seconds=60, kill_every_s=3),
+)
+async def test_gateways_killed_in_turn_cost_no_event(
+    size: Size, own_redis: OwnRedis, tmp_path: Path, report: Report
+) -> None:
+    server = await own_redis()
+    async with (
+        Stack(tmp_path, server.url) as stack,
+        Load(server.url, stack.key_prefix) as load,
+    ):
+        await stack.start_gateways(2)
+        async with Fleet(stack.urls, stack.token) as fleet:
+            users = [f"user-{number}" for number in range(size.users)]
+            for user_id in users:
+                for _ in range(size.clients_per_user):
+                    fleet.add(user_id)
+            await fleet.connect()
+            runs = [await load.open(user_id) for user_id in users]
+            end_s = time.monotonic() + size.seconds
+            publishing = asyncio.create_task(
+                keep_publishing(runs, size.published_per_s, lambda: time.monotonic() > end_s)
+            )
+            kills = 0
+            restarts: set[asyncio.Task[None]] = set()
+            while time.monotonic() < end_s - size.kill_every_s:
+                await asyncio.sleep(size.kill_every_s)
+                gateway = stack.gateways[kills % 2]
+                await gateway.kill()
+                kills += 1
+                restarts.add(asyncio.create_task(stack.restart(gateway)))
+            steps = await publishing
+            await asyncio.gather(*restarts)
+            await load.complete_all()
+            await arrive(load, fleet)
+            verify(load, fleet.clients)
+            durations = [outage.duration_ms for outage in fleet.outages()]
+            assert durations
+            report(
+                clients=len(fleet.clients),
+                published=steps,
+                kills=kills,
+                outages=len(durations),
+                p50_ms=percentile(durations, 0.5),
+                p99_ms=percentile(durations, 0.99),
+                max_ms=max(durations),
+            )
+            assert percentile(durations, 0.99) < 1_000
+        stack.assert_no_defects()
