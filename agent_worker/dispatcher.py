@@ -7,9 +7,10 @@ stream until its run has ended here, so that it is found again if this process d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -23,14 +24,18 @@ from agent_worker.execution import (
     RunExecution,
     WorkerStops,
     cancel_asked,
+    read_cancel_flag,
 )
+from agent_worker.leases import Lease, LeaseKeeper
 from agent_worker.patience import REDIS_AWAY, delays, until_redis_answers
 from agent_worker.run import Request, RunInfo
 from agent_worker.task_streams import EntryKey, GroupMissing, TaskEntry, TaskStreams
 from relay.codec import Task, decode_task
 from relay.errors import DecodingFailed, StaleFence
+from relay.keys import Keys
 from relay.publisher import Publisher
-from relay.runs import AgentInfo, Claim, NotClaimed, RunRegistry
+from relay.run_model import AgentInfo, Claim, NotClaimed
+from relay.runs import RunRegistry
 from relay.scripts import ScriptFailed
 
 _log = structlog.get_logger(__name__)
@@ -69,17 +74,21 @@ class Dispatcher:
     def __init__(
         self,
         worker_id: str,
+        keys: Keys,
         definitions: Mapping[str, AgentDefinition],
         streams: TaskStreams,
         registry: RunRegistry,
         publisher: Publisher,
+        leases: LeaseKeeper,
         limits: DispatcherLimits,
     ) -> None:
         self._worker_id = worker_id
+        self._keys = keys
         self._definitions = definitions
         self._streams = streams
         self._registry = registry
         self._publisher = publisher
+        self._leases = leases
         self._limits = limits
         self._in_hand: dict[EntryKey, asyncio.Task[None]] = {}
         self._at_work: dict[str, _RunAtWork] = {}
@@ -228,16 +237,35 @@ class Dispatcher:
         if claim.cancel is not None:
             execution.request_stop(cancel_asked(claim.cancel))
         stream = self._publisher.open(claim, on_refused=execution.refuse)
+        lease = self._lease_of(claim, execution)
+        self._leases.hold(lease)
         began_s = time.monotonic()
         status = UNFINISHED
         metrics.RUNS_ACTIVE.labels(info.agent).inc()
         try:
             status = await execution.carry_out(info, stream)
         finally:
+            self._leases.release(lease)
             metrics.RUNS_ACTIVE.labels(info.agent).dec()
             metrics.RUNS_ENDED.labels(info.agent, status).inc()
             if status != REFUSED:
                 metrics.RUN_SECONDS.labels(info.agent).observe(time.monotonic() - began_s)
+
+    def _lease_of(self, claim: Claim, execution: RunExecution) -> Lease:
+        loop = asyncio.get_running_loop()
+
+        def tell(callback: Callable[[], None]) -> None:
+            # The loop is closed where its process ends without waiting for the thread.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(callback)
+
+        return Lease(
+            user=self._keys.user(claim.envelope.user_id),
+            run_id=claim.run_id,
+            fence=claim.fence,
+            on_cancel=lambda flag: tell(lambda: execution.request_stop(read_cancel_flag(flag))),
+            on_lost=lambda refusal: tell(lambda: execution.refuse(refusal)),
+        )
 
     async def _settle(self, entry: TaskEntry) -> None:
         await until_redis_answers(lambda: self._streams.settle(entry), "settle")
@@ -261,14 +289,6 @@ class Dispatcher:
         at_work = self._at_work.get(run_id)
         if at_work is not None:
             at_work.execution.request_stop(cause)
-
-    async def read_cancel_flags(self) -> None:
-        """Find the cancellations of runs at work whose signals may have been lost."""
-        for at_work in list(self._at_work.values()):
-            # Claiming with the same fence changes nothing and tells what the run's hash says.
-            claim = await self._claim(at_work)
-            if isinstance(claim, Claim) and claim.cancel is not None:
-                at_work.execution.request_stop(cancel_asked(claim.cancel))
 
     async def drain(self, timeout_s: float, cut: asyncio.Event) -> bool:
         """Let what is in hand finish; say whether it did before the time, or ``cut``, was up."""

@@ -23,21 +23,17 @@ class SignalListener:
         link: Which Redis.
         channel: The worker's channel.
         on_cancel: Called with a run id when somebody asks for that run to stop.
-        on_gap: Called when signals may have been missed: look up the truth.
     """
 
     def __init__(
         self,
         link: RedisLink,
         channel: str,
-        *,
         on_cancel: Callable[[str, CancelAsked], None],
-        on_gap: Callable[[], None],
     ) -> None:
         self._link = link
         self._channel = channel
         self._on_cancel = on_cancel
-        self._on_gap = on_gap
         self._has_begun = asyncio.Event()
         self._subscriber = Subscriber(
             link,
@@ -81,9 +77,8 @@ class SignalListener:
             _log.info("signal_ignored", kind=str(kind)[:64])
 
     def _lose(self) -> None:
-        _log.warning("signals_lost", hint="Cancel flags are read when Redis is back.")
+        # The next renewal of the leases brings the flags of what was signalled meanwhile.
+        _log.warning("signals_lost")
 
     def _confirm(self, _channel: str) -> None:
-        if self._has_begun.is_set():
-            self._on_gap()
         self._has_begun.set()

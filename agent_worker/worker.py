@@ -25,8 +25,8 @@ from agent_worker.definition import (
     require_name,
 )
 from agent_worker.dispatcher import Dispatcher, DispatcherLimits
+from agent_worker.leases import LeaseKeeper
 from agent_worker.patience import REDIS_AWAY, until_redis_answers
-from agent_worker.presence import Presence
 from agent_worker.signals import SignalListener
 from agent_worker.task_streams import BLOCK_MS, TaskStreams
 from relay.config import Settings
@@ -187,36 +187,15 @@ class RunningWorker:
         self._hurry = hurry
         self._stack = AsyncExitStack()
         keys = Keys(settings.key_prefix)
-        self._link = RedisLink(
-            settings.redis_url,
-            limits=LogLimits(
-                settings.log_max_events, settings.log_max_age_s * 1000, settings.log_max_bytes
-            ),
+        limits = LogLimits(
+            settings.log_max_events, settings.log_max_age_s * 1000, settings.log_max_bytes
         )
+        self._link = RedisLink(settings.redis_url, limits=limits)
         self._publisher = Publisher(self._link, keys, merge_ms=settings.delta_merge_ms)
         self._streams = TaskStreams(
             self._link, settings.redis_url, keys, list(definitions), self.worker_id
         )
-        self._dispatcher = Dispatcher(
-            self.worker_id,
-            dict(definitions),
-            self._streams,
-            RunRegistry(self._link, keys),
-            self._publisher,
-            DispatcherLimits(
-                settings.worker_concurrency,
-                settings.lease_ms,
-                settings.cancel_grace_ms / 1000,
-            ),
-        )
-        self._signals = SignalListener(
-            self._link,
-            keys.worker(self.worker_id),
-            on_cancel=self._dispatcher.cancel,
-            # Signals that were sent meanwhile reached nobody; their flags are still there.
-            on_gap=lambda: self._restore(self._dispatcher.read_cancel_flags),
-        )
-        self._presence = Presence(
+        self._leases = LeaseKeeper(
             settings.redis_url,
             keys.worker(self.worker_id),
             orjson.dumps(
@@ -227,7 +206,26 @@ class RunningWorker:
                     "pid": os.getpid(),
                 }
             ),
-            self._presence_was_absent,
+            lease_ms=settings.lease_ms,
+            limits=limits,
+            on_absent=self._key_was_absent,
+        )
+        self._dispatcher = Dispatcher(
+            self.worker_id,
+            keys,
+            dict(definitions),
+            self._streams,
+            RunRegistry(self._link, keys),
+            self._publisher,
+            self._leases,
+            DispatcherLimits(
+                settings.worker_concurrency,
+                settings.lease_ms,
+                settings.cancel_grace_ms / 1000,
+            ),
+        )
+        self._signals = SignalListener(
+            self._link, keys.worker(self.worker_id), self._dispatcher.cancel
         )
         self._loop = asyncio.get_running_loop()
         self._taking: asyncio.Task[None] | None = None
@@ -271,8 +269,8 @@ class RunningWorker:
             stack.push_async_callback(self._signals.aclose)
             await self._signals.start()
             await self._dispatcher.register()
-            self._presence.start()
-            stack.push_async_callback(asyncio.to_thread, self._presence.stop)
+            self._leases.start()
+            stack.push_async_callback(asyncio.to_thread, self._leases.stop)
             stack.push_async_callback(self._end_runs)
             self._taking = asyncio.create_task(self._dispatcher.take_tasks(), name="take-tasks")
             self._stack = stack.pop_all()
@@ -322,8 +320,8 @@ class RunningWorker:
         await self._hurry.wait()
         self._dispatcher.hurry()
 
-    def _presence_was_absent(self) -> None:
-        """Called in the presence thread: Redis may have lost everything that it knew of us."""
+    def _key_was_absent(self) -> None:
+        """Called in the leases' thread: Redis may have lost everything that it knew of us."""
         try:
             self._loop.call_soon_threadsafe(self._restore, self._dispatcher.register)
         except RuntimeError:

@@ -47,7 +47,8 @@ from relay.errors import CloseCode, RequestRefused
 from relay.jwks import KeySet
 from relay.keys import Keys
 from relay.probe import Probe
-from relay.runs import RunLimits, RunRegistry
+from relay.run_model import RunLimits
+from relay.runs import RunRegistry
 from relay.scripts import LogLimits, RedisLink
 from relay.tokens import Identity, TokenVerifier
 

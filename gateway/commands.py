@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from gateway.requests import MessageFields, check_content
 from relay.errors import RequestRefused
-from relay.runs import AgentInfo, CancelOutcome, RunDetail, RunRegistry, SubmitRequest, Submitted
+from relay.run_model import AgentInfo, CancelOutcome, RunDetail, SubmitRequest, Submitted
+from relay.runs import RunRegistry
 
 AGENTS_MAX_AGE_S = 1.0
 """A reconnect storm reads the list of agents once a second, not once per connection."""

@@ -16,7 +16,7 @@ from gateway.refusals import UNAVAILABLE_RETRY_MS, refusal_of
 from gateway.transport import AsgiTransport, run_beside
 from relay.errors import DecodingFailed, RequestRefused
 from relay.recovery import Since
-from relay.runs import AgentInfo
+from relay.run_model import AgentInfo
 from relay.tokens import Identity
 
 MAX_CLIENT_ID_CHARS = 128

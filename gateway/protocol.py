@@ -40,7 +40,7 @@ from gateway.wheel import Wheel
 from relay.codec import Position, Publication
 from relay.errors import CloseCode, RequestRefused
 from relay.recovery import ActiveRun, Since
-from relay.runs import AgentInfo, RunSummary
+from relay.run_model import AgentInfo, RunSummary
 from relay.tokens import Identity
 
 ESTABLISH_LIMIT_MS = 10_000

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from relay.errors import CloseCode
@@ -30,6 +31,13 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         extensions = cast("dict[str, Any]", self.scope["extensions"])
         extensions[FORCE_CLOSE] = self.force_close
         await super().run_asgi()
+
+    async def send(self, message: ASGISendEvent) -> None:
+        """Pass a message on to the peer."""
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body":
+            # A refusal completes the handshake too. uvicorn would log it as our error.
+            self.handshake_complete = True
 
     def force_close(self, code: int, reason: str) -> None:
         """Close without waiting for what is buffered; the connection is gone in ``FLUSH_S``.

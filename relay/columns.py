@@ -21,6 +21,27 @@ END_STATUS = {
 }
 
 
+class OpenTool(NamedTuple):
+    """What the run's hash keeps of a tool call that has not completed."""
+
+    name: str
+    since_ms: int
+
+    def encode(self) -> str:
+        """Give the form in the run's hash."""
+        return f"{self.since_ms} {self.name}"
+
+    @classmethod
+    def decode(cls, text: str) -> OpenTool:
+        """Read the form in the run's hash.
+
+        Raises:
+            ValueError: It is not of that form.
+        """
+        since_ms, _, name = text.partition(" ")
+        return cls(name, int(since_ms))
+
+
 class Columns(NamedTuple):
     """One lifecycle event as a script's arguments."""
 
@@ -32,11 +53,14 @@ class Columns(NamedTuple):
     digest: str
 
 
-def columns_of(event_type: EventType, data: Mapping[str, Any], event: bytes) -> Columns:
+def columns_of(
+    event_type: EventType, now_ms: int, data: Mapping[str, Any], event: bytes
+) -> Columns:
     """Say what an encoded event does to its run.
 
     Args:
         event_type: A lifecycle event's type.
+        now_ms: When it happened.
         data: Its validated data.
         event: Its stored bytes.
     """
@@ -45,7 +69,8 @@ def columns_of(event_type: EventType, data: Mapping[str, Any], event: bytes) -> 
         case EventType.AGENT_STARTED:
             op = "start"
         case EventType.TOOL_EXECUTING:
-            op, op_id, op_value = "tool+", data["tool_call_id"], data["tool_name"]
+            op, op_id = "tool+", data["tool_call_id"]
+            op_value = OpenTool(data["tool_name"], now_ms).encode()
         case EventType.TOOL_COMPLETED:
             op, op_id = "tool-", data["tool_call_id"]
         case EventType.INPUT_REQUESTED:
@@ -70,4 +95,4 @@ def lifecycle_columns(
         InvalidEvent, EncodingFailed: The data do not fit.
     """
     valid = validate_data(event_type, dict(data))
-    return columns_of(event_type, valid, envelope.encode(event_type, now_ms, valid))
+    return columns_of(event_type, now_ms, valid, envelope.encode(event_type, now_ms, valid))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
@@ -363,6 +363,9 @@ def _shown(name: str, value: object) -> str:
 
 def hide_password(url: str) -> str:
     """Give ``url`` with its password, if it has one, replaced by ``***``."""
+    if "://" not in url:
+        # Not an address at all, but there may be a password in it.
+        return re.sub(r"[^/@]*@", "***@", url, count=1)
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -374,9 +377,8 @@ def hide_password(url: str) -> str:
         account, _, place = netloc.rpartition("@")
         user, has_password, _ = account.partition(":")
         netloc = f"{user}:***@{place}" if has_password else netloc
-    hidden = urlunsplit(parts._replace(netloc=netloc, query=query))
-    # An address without a scheme is parsed as a path; it may still hold a password.
-    return re.sub(r"(?<![/\w]):?[^/@\s]*:[^/@\s]*@", "***@", hidden) if not netloc else hidden
+    # urlunsplit would drop the slashes of unix:///path.
+    return f"{parts.scheme}://{netloc}{parts.path}{f'?{query}' if query else ''}"
 
 
 def variable_name(field_name: str) -> str:

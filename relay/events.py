@@ -298,3 +298,15 @@ def format_timestamp(timestamp_ms: int) -> str:
     """Give a time in ms since the epoch as UTC, ISO 8601, milliseconds, ``Z``."""
     moment = datetime.fromtimestamp(timestamp_ms // 1000, UTC)
     return f"{moment:%Y-%m-%dT%H:%M:%S}.{timestamp_ms % 1000:03d}Z"
+
+
+def parse_timestamp(text: str) -> int:
+    """Give the ms since the epoch of a timestamp in the envelope's form.
+
+    Raises:
+        ValueError: The text is not an ISO 8601 time with an offset.
+    """
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError(f"{text!r} has no offset from UTC")
+    return round(moment.timestamp() * 1000)

@@ -10,7 +10,7 @@ from relay.errors import DecodingFailed
 from relay.events import EventType, Kind
 from relay.keys import Keys
 from relay.recovery import Page, Read, TextMark
-from relay.runs import summary_from_row
+from relay.run_model import summary_from_row
 from relay.scripts import RedisLink, ScriptCall, mapped_errors
 
 PAGE_BYTES = 256 * 1024

@@ -49,6 +49,11 @@ def encode_user(user_id: str) -> str:
         raise ValueError("a user id must be encodable as UTF-8") from error
 
 
+def decode_user(encoded: str) -> str:
+    """Give the user id of its form within key names."""
+    return unquote(encoded)
+
+
 @dataclass(frozen=True)
 class UserKeys:
     """The key names of one user."""
@@ -133,6 +138,11 @@ class Keys:
         """Stream: tasks that no worker can carry out, with the reason."""
         return f"{self.prefix}:dead-letters"
 
+    @property
+    def sweep(self) -> str:
+        """String: which process looks after the tasks of dead workers at the moment."""
+        return f"{self.prefix}:sweep"
+
     def deadlines(self, shard: int) -> str:
         """Sorted set: what the reaper must look at, by due time in ms."""
         return f"{self.prefix}:deadlines:{shard}"
@@ -153,5 +163,5 @@ class Keys:
         """Give the user whose live channel this is, or None for any other channel."""
         start = self.prefix + ":{"
         if channel.startswith(start) and channel.endswith("}:live"):
-            return unquote(channel[len(start) : -len("}:live")])
+            return decode_user(channel[len(start) : -len("}:live")])
         return None

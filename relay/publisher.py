@@ -27,7 +27,7 @@ from relay.errors import (
 from relay.events import EventType, validate_data
 from relay.grammar import RunGrammar
 from relay.keys import Keys
-from relay.runs import Claim
+from relay.run_model import Claim
 from relay.scripts import RedisLink, ScriptCall, ScriptFailed
 from relay.tasks import dispatch
 
@@ -108,13 +108,14 @@ class RunStream:
 
     def _add(self, event_type: EventType, data: Mapping[str, Any]) -> None:
         valid = redact(validate_data(event_type, dict(data)), self._publisher.secret_names)
-        event = self.claim.envelope.encode(event_type, _now_ms(), valid)
+        now_ms = _now_ms()
+        event = self.claim.envelope.encode(event_type, now_ms, valid)
         if len(event) > MAX_EVENT_BYTES:
             raise AgentError("payload_too_large")
         self.grammar.apply(event_type, valid)
         if event_type is EventType.TOOL_EXECUTING:
             self._tools_since[valid["tool_call_id"]] = time.monotonic()
-        self.batches.add_event(columns_of(event_type, valid, event))
+        self.batches.add_event(columns_of(event_type, now_ms, valid, event))
         self._publisher.wake()
 
     async def delta(self, text: str) -> None:

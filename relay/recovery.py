@@ -371,7 +371,8 @@ class Cursor:
         self._is_whole = False
         self._known: dict[str, TextMark] = {}
         self._body: _Body | None = None
-        self._lost_body: int | None = None
+        # Lost bodies up to here were announced by a reset; each is announced once.
+        self._lost_until = 0
 
     @property
     def offset(self) -> int:
@@ -527,11 +528,11 @@ class Cursor:
                 continue
             if publication.is_claim:
                 if not publication.size_bytes:
-                    if self._lost_body != publication.offset:
-                        self._lost_body = publication.offset
+                    if publication.offset > self._lost_until:
+                        self._lost_until = publication.offset
                         self._reset("event_lost")
                         return
-                    continue  # The client was told by the reset.
+                    continue
                 self._is_whole = False
                 self._begin_body(publication)
                 return
@@ -600,6 +601,8 @@ class Cursor:
         self._body = None
         self._known.clear()
         self._is_whole = False
+        if is_new_epoch:
+            self._lost_until = 0
         if self.state is CursorState.STARTING:
             return
         self.state = CursorState.BEHIND

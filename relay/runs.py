@@ -2,228 +2,41 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
 from relay.codec import RunEnvelope, Task, encode_json
 from relay.columns import lifecycle_columns
+from relay.deadlines import Deadlines
 from relay.errors import DecodingFailed, RequestRefused
-from relay.events import EventType, format_timestamp, validate_data
+from relay.events import EventType, validate_data
+from relay.inputs import InputAnswer, answer_input
 from relay.keys import Keys
+from relay.run_model import (
+    AgentInfo,
+    CancelOutcome,
+    Claim,
+    NotClaimed,
+    Renewed,
+    RunDetail,
+    RunLimits,
+    RunRequest,
+    RunSummary,
+    SubmitRequest,
+    Submitted,
+    derive_run_id,
+    renewed_from,
+    summary_from_row,
+)
 from relay.scripts import RedisLink, mapped_errors
 from relay.tasks import dispatch
 
-ThreadPolicy = Literal["enqueue", "reject", "interrupt", "parallel"]
-ENDED = frozenset({"completed", "error", "cancelled"})
-_RUN_ID_BYTES = 15
 _CANCEL_ATTEMPTS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class RunLimits:
-    """Quotas of one user."""
-
-    max_active: int = 10
-    max_queued: int = 100
-
-
-@dataclass(frozen=True, slots=True)
-class AgentInfo:
-    """What workers say about an agent when they start."""
-
-    name: str
-    description: str = ""
-    policy: ThreadPolicy = "enqueue"
-
-    def as_json(self) -> dict[str, str]:
-        """Give the item for a client's list of agents."""
-        return {"name": self.name, "description": self.description}
-
-
-@dataclass(frozen=True, slots=True)
-class SubmitRequest:
-    """A user's request.
-
-    Attributes:
-        message_id: The client's id of this request; the same one again gives the same run.
-        policy: What happens while the thread has an active run; None: as the agent says.
-    """
-
-    user_id: str
-    thread_id: str
-    agent: str
-    content: str
-    message_id: str
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    policy: ThreadPolicy | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Submitted:
-    """An accepted request."""
-
-    run_id: str
-    duplicate: bool
-    status: str
-
-
-@dataclass(frozen=True, slots=True)
-class CancelOutcome:
-    """What became of a request to cancel: the run's status, and whether it was asked before."""
-
-    run_id: str
-    status: str
-    already: bool
-
-
-@dataclass(frozen=True, slots=True)
-class RunRequest:
-    """The user's request as the agent sees it."""
-
-    message_id: str
-    content: str
-    metadata: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A worker's right to carry out one attempt of a run.
-
-    Attributes:
-        fence: Proves to Redis that this attempt is the current one.
-        seq: Number of the run's last lifecycle event so far.
-        epoch: The channel's epoch when the run was claimed.
-    """
-
-    envelope: RunEnvelope
-    request: RunRequest
-    fence: str
-    seq: int
-    epoch: str
-    created_ms: int
-    cancel: dict[str, Any] | None = None
-
-    @property
-    def run_id(self) -> str:
-        """The run's id."""
-        return self.envelope.run_id
-
-
-@dataclass(frozen=True, slots=True)
-class NotClaimed:
-    """Why a run was not given: ``taken``, ``waiting``, ``ended`` or ``unknown``."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class RunSummary:
-    """An active or just-ended run, as a client that has just connected needs it."""
-
-    run_id: str
-    thread_id: str
-    agent: str
-    status: str
-    attempt: int
-    seq: int
-    first_offset: int
-    open_tools: Mapping[str, str]
-    open_inputs: Mapping[str, str]
-    cancel_requested: bool
-    created_ms: int
-    ended_ms: int | None
-
-    def as_json(self) -> dict[str, Any]:
-        """Give the item of ``runs[]``."""
-        return {
-            "run_id": self.run_id,
-            "thread_id": self.thread_id,
-            "agent": self.agent,
-            "status": self.status,
-            "attempt": self.attempt,
-            "seq": self.seq,
-            "first_offset": self.first_offset,
-            "open_tools": [
-                {"tool_call_id": call, "tool_name": name} for call, name in self.open_tools.items()
-            ],
-            "open_inputs": [
-                {"request_id": request, **orjson.loads(data)}
-                for request, data in self.open_inputs.items()
-            ],
-            "cancel_requested": self.cancel_requested,
-            "created_at": format_timestamp(self.created_ms),
-            "ended_at": None if self.ended_ms is None else format_timestamp(self.ended_ms),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class RunDetail:
-    """One run with the data of its terminal event, once it has one."""
-
-    summary: RunSummary
-    terminal: dict[str, Any] | None
-
-    def as_json(self) -> dict[str, Any]:
-        """Give the body of ``GET /v1/runs/{id}``."""
-        body = self.summary.as_json()
-        data = None if self.terminal is None else self.terminal["data"]
-        body["result"] = data.get("result") if data and self.summary.status == "completed" else None
-        body["error"] = data if data and self.summary.status == "error" else None
-        return body
-
-
-def derive_run_id(user_id: str, message_id: str) -> str:
-    """Give the run's id: the same user and message always give the same one."""
-    digest = hashlib.blake2b(
-        f"{len(user_id)}:{user_id}{message_id}".encode(), digest_size=_RUN_ID_BYTES
-    ).digest()
-    return "run_" + base64.b32encode(digest).decode().lower()
-
-
-def summary_from_row(row: Sequence[bytes]) -> RunSummary:
-    """Read a run's row of ``read.lua``.
-
-    Raises:
-        DecodingFailed: The run's hash does not hold what it should.
-    """
-    try:
-        (
-            run_id,
-            agent,
-            thread,
-            status,
-            attempt,
-            seq,
-            first,
-            tools,
-            inputs,
-            cancel,
-            created,
-            ended,
-        ) = row[:12]
-        return RunSummary(
-            run_id=run_id.decode(),
-            thread_id=thread.decode(),
-            agent=agent.decode(),
-            status=status.decode(),
-            attempt=int(attempt),
-            seq=int(seq),
-            first_offset=int(first),
-            open_tools=orjson.loads(tools or b"{}"),
-            open_inputs=orjson.loads(inputs or b"{}"),
-            cancel_requested=bool(cancel),
-            created_ms=int(created),
-            ended_ms=int(ended) if ended else None,
-        )
-    except (ValueError, IndexError, AttributeError) as error:
-        raise DecodingFailed(f"a run's hash cannot be read: {error}") from error
 
 
 class RunRegistry:
@@ -239,6 +52,7 @@ class RunRegistry:
         self._link = link
         self._keys = keys
         self._limits = limits or RunLimits()
+        self._deadlines = Deadlines(link, keys)
 
     async def register_agents(self, agents: Sequence[AgentInfo]) -> None:
         """Make agents known to all gateways."""
@@ -304,6 +118,10 @@ class RunRegistry:
             self._limits.max_active,
             self._limits.max_queued,
         )
+        # Intent first: should this process die after the script, the reaper finds the run.
+        await self._deadlines.bring_forward(
+            request.user_id, run_id, _now_ms() + self._limits.dispatch_check_ms
+        )
         [reply] = await self._link.run([call])
         return await self._submitted(request, run_id, [_text(part) for part in reply])
 
@@ -355,6 +173,8 @@ class RunRegistry:
         lease_ms: int,
         *,
         fence: str | None = None,
+        max_attempts: int = 1,
+        stall_after_ms: int = 0,
     ) -> Claim | NotClaimed:
         """Take a queued run for one attempt, or learn why not.
 
@@ -366,6 +186,8 @@ class RunRegistry:
             fence: A random one by default. With the fence of an earlier claim the answer is the
                 same again, with the cancel flag as it is now: a claim whose answer was lost is
                 asked for in this way.
+            max_attempts: How often the run may be tried if its worker is lost.
+            stall_after_ms: Silence after which it counts as stalled; 0 for never.
 
         Raises:
             RedisUnavailable: Whether it was claimed is unknown; its lease will tell.
@@ -373,7 +195,15 @@ class RunRegistry:
         """
         fence = fence or secrets.token_hex(8)
         call = self._link.call(
-            "claim", self._keys.user(user_id), run_id, run_id, fence, worker_id, lease_ms
+            "claim",
+            self._keys.user(user_id),
+            run_id,
+            run_id,
+            fence,
+            worker_id,
+            lease_ms,
+            max_attempts,
+            stall_after_ms,
         )
         [reply] = await self._link.run([call])
         if reply[0] != b"claimed":
@@ -392,6 +222,51 @@ class RunRegistry:
             created_ms=int(created_ms),
             cancel=orjson.loads(cancel) if cancel else None,
         )
+
+    async def renew(self, link: RedisLink, claims: Sequence[Claim], lease_ms: int) -> list[Renewed]:
+        """Renew the leases of a worker's runs, in one pipeline.
+
+        Args:
+            link: The connection to use: leases are renewed from a thread with its own.
+            claims: The runs at work.
+            lease_ms: How long the leases hold from now on.
+
+        Returns:
+            What became of each, in the order of the claims.
+
+        Raises:
+            RedisUnavailable: Which leases were renewed is unknown; try again.
+        """
+        calls = [
+            link.call(
+                "renew",
+                self._keys.user(claim.envelope.user_id),
+                claim.run_id,
+                claim.run_id,
+                claim.fence,
+                lease_ms,
+            )
+            for claim in claims
+        ]
+        renewed = [renewed_from(reply) for reply in await link.run(calls)] if calls else []
+        # The index may have been lost; what is there already is not touched.
+        held = [
+            (claim.envelope.user_id, claim.run_id)
+            for claim, outcome in zip(claims, renewed, strict=True)
+            if outcome.is_held
+        ]
+        await Deadlines(link, self._keys).restore(held, _now_ms() + lease_ms)
+        return renewed
+
+    async def answer_input(
+        self, user_id: str, run_id: str, request_id: str, answer: InputAnswer, *, by: str = "user"
+    ) -> None:
+        """Answer an open input request; see ``relay.inputs.answer_input``."""
+        await answer_input(self._link, self._keys, user_id, run_id, request_id, answer, by=by)
+
+    async def look_no_later(self, user_id: str, run_id: str, at_ms: int) -> None:
+        """Have the reaper look at a run no later than this, for a deadline of its own."""
+        await self._deadlines.bring_forward(user_id, run_id, at_ms)
 
     async def cancel(
         self, user_id: str, run_id: str, *, by: str = "user", reason: str | None = None
@@ -425,6 +300,9 @@ class RunRegistry:
                 orjson.dumps(flag),
                 *lifecycle_columns(envelope, EventType.CANCEL_REQUESTED, now_ms, flag),
                 *lifecycle_columns(envelope, EventType.AGENT_CANCELLED, now_ms, ended),
+            )
+            await self._deadlines.bring_forward(
+                user_id, run_id, now_ms + self._limits.cancel_grace_ms
             )
             [reply] = await self._link.run([call])
             outcome = await self._cancelled(user_id, run_id, flag, [_text(part) for part in reply])

@@ -32,7 +32,11 @@ SCHEMES = ("redis", "rediss", "unix", "valkey", "valkeys")
 _PARTS: dict[str, tuple[str, ...]] = {
     "publish": ("_channel", "_append", "_run", "publish"),
     "submit": ("_channel", "_append", "_run", "submit"),
-    "claim": ("_channel", "claim"),
+    "claim": ("_channel", "_append", "_run", "claim"),
+    "renew": ("_channel", "_append", "_run", "renew"),
+    "look": ("_channel", "look"),
+    "amend": ("_channel", "_append", "_run", "amend"),
+    "resolve": ("_channel", "_append", "_run", "resolve"),
     "cancel": ("_channel", "_append", "_run", "cancel"),
     "read": ("_channel", "read"),
     "rotate": ("_channel", "rotate"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 from relay.codec import Task, encode_task
 from relay.keys import Keys
-from relay.scripts import RedisLink, mapped_errors
+from relay.scripts import RedisLink, ScriptFailed, mapped_errors
 
 GROUP = "workers"
 TASK_FIELD = "task"
+MAX_DEAD_LETTERS = 10_000
 
 
 async def dispatch(link: RedisLink, keys: Keys, task: Task) -> None:
@@ -21,3 +25,41 @@ async def dispatch(link: RedisLink, keys: Keys, task: Task) -> None:
     """
     with mapped_errors(link.url):
         await link.client.xadd(keys.tasks(task.agent), {TASK_FIELD: encode_task(task)})
+
+
+async def has_waiting_tasks(link: RedisLink, keys: Keys, agent: str) -> bool:
+    """Tell whether an agent's stream holds tasks that no worker has taken yet."""
+    stream = keys.tasks(agent)
+    try:
+        with mapped_errors(link.url):
+            groups = await link.client.xinfo_groups(stream)
+            newest: Any = await link.client.xrevrange(stream, count=1)
+    except ScriptFailed as error:
+        if "no such key" in str(error):
+            return False
+        raise
+    delivered = next(
+        (group["last-delivered-id"] for group in groups if group["name"] == GROUP.encode()), b"0-0"
+    )
+    return bool(newest) and _entry_order(newest[0][0]) > _entry_order(delivered)
+
+
+def _entry_order(entry_id: bytes) -> tuple[int, int]:
+    time_ms, _, count = entry_id.partition(b"-")
+    return int(time_ms), int(count)
+
+
+async def bury(link: RedisLink, keys: Keys, agent: str, task: bytes, reason: str) -> None:
+    """Put a task to the dead letters; the oldest of ten thousand go."""
+    with mapped_errors(link.url):
+        await link.client.xadd(
+            keys.dead_letters,
+            {
+                "reason": reason,
+                "agent": agent,
+                "task": task,
+                "at_ms": time.time_ns() // 1_000_000,
+            },
+            maxlen=MAX_DEAD_LETTERS,
+            approximate=True,
+        )

@@ -262,6 +262,8 @@ def _print_event(event: Event, *, as_json: bool) -> None:
         summarize(event),
     )
     # On a terminal one event is one line; in a pipe nothing is cut.
-    is_terminal = console.out.is_terminal
-    console.out.print(line, no_wrap=True, overflow="ellipsis", soft_wrap=not is_terminal)
+    if console.out.is_terminal:
+        console.out.print(line, no_wrap=True, overflow="ellipsis")
+    else:
+        console.out.print(line, soft_wrap=True)
     sys.stdout.flush()

@@ -63,13 +63,13 @@ def gateway(
 
     On SIGTERM it hands its connections over to the others before it ends.
     """
-    from gateway.app import serve
+    from gateway.app import serve_until_asked
 
     settings = load_settings(host=host, port=port, admin_port=admin_port, redis_url=redis_url)
     settings.require_token_keys()
     warn_of_unknown(find_unknown_variables())
     configure_logging(settings)
-    _run(serve(settings))
+    _run(serve_until_asked(settings))
 
 
 def worker(

@@ -208,7 +208,9 @@ class Stack:
         is_error = fields is not None and fields.get("level") in ("error", "critical")
         if self._verbose or (is_error and not self._is_stopping):
             for part in readable(line).splitlines():
-                console.err.print(Text.assemble((f"{child.name:<10}", "name"), " ", part))
+                console.err.print(
+                    Text.assemble((f"{child.name:<10}", "name"), " ", part), soft_wrap=True
+                )
 
 
 async def _until_ready(port: int) -> None:

@@ -205,4 +205,5 @@ def _as_json(value: object) -> str:
 
 
 def _seconds(duration_ms: object) -> str:
-    return f"{float(str(duration_ms)) / 1000:.1f} s"
+    milliseconds = float(str(duration_ms))
+    return f"{milliseconds:.0f} ms" if milliseconds < 100 else f"{milliseconds / 1000:.1f} s"

@@ -160,10 +160,11 @@ async def _run(plan: StackPlan, folder: DataFolder, *, open_page: bool, verbose:
         else:
             stack.kill()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # nohup asks to go on when the terminal closes.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            loop.add_signal_handler(number, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    # nohup asks to go on when the terminal closes.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        loop.add_signal_handler(signal.SIGHUP, stop)
     try:
         return await work
     except asyncio.CancelledError:

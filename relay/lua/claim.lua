@@ -1,6 +1,7 @@
 -- Give a run to a worker, by compare-and-set: a duplicate task is harmless.
 --
 -- ARGV  6 run id  7 fence (random)  8 worker id  9 lease in ms
+--       10 most attempts  11 ms without progress after which the run counts as stalled
 --
 -- Gives {'claimed', attempt, seq, agent, thread, request, cancel flag, created_ms, epoch}
 --         (the same fence again gives the same answer)
@@ -10,13 +11,13 @@ local run_id, fence, worker = ARGV[6], ARGV[7], ARGV[8]
 
 local channel = open_channel()
 local run = redis.call('HMGET', RUN, 'status', 'fence', 'attempt', 'seq', 'agent', 'thread',
-  'request', 'cancel', 'created_ms', 'lane', 'worker')
+  'request', 'cancel', 'created_ms', 'lane', 'worker', 'retry_at_ms')
 local status = run[1]
 if not status then
   return {'unknown'}
 end
 local attempt = tonumber(run[3])
-if status == 'completed' or status == 'error' or status == 'cancelled' then
+if is_ended(status) then
   return {'ended', status}
 end
 if run[2] ~= fence then
@@ -27,10 +28,14 @@ if run[2] ~= fence then
   if waiting and string.match(waiting, '%S+') ~= run_id then
     return {'waiting'}
   end
+  if status == 'retrying' and tonumber(run[12] or '0') > NOW then
+    return {'waiting'}
+  end
   attempt = attempt + 1
   redis.call('HSET', RUN, 'status', 'running', 'attempt', int(attempt), 'fence', fence,
     'worker', worker, 'lease_until_ms', int(NOW + tonumber(ARGV[9])), 'batch', '0', 'answer', '',
-    'claimed_ms', int(NOW), 'updated_ms', int(NOW))
+    'claimed_ms', int(NOW), 'updated_ms', int(NOW), 'answers', '{}',
+    'max_attempts', ARGV[10], 'stall_after_ms', ARGV[11])
 end
 if channel.needs_touch then
   touch(channel)

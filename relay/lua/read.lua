@@ -17,6 +17,8 @@ local RUN_FIELDS = {'agent', 'thread', 'status', 'attempt', 'seq', 'first_offset
   'open_inputs', 'cancel', 'created_ms', 'ended_ms', 'result_offset'}
 local after, max_bytes = tonumber(ARGV[6]), tonumber(ARGV[7])
 local PAGE_ENTRIES = 256
+-- A text becomes an event with an envelope; many short ones must not burst the page.
+local TEXT_ENVELOPE_BYTES = 384
 
 local channel = open_channel()
 if channel.needs_touch then
@@ -88,7 +90,7 @@ while log_index <= #stored or text_index <= #marks do
   else
     text = read_text(marks[text_index], marks[text_index + 1])
     text_index = text_index + 2
-    size = text and #text[4] or 0
+    size = text and #text[4] + TEXT_ENVELOPE_BYTES or 0
   end
   if bytes + size > max_bytes and bytes > 0 then
     covered = math.min(log_offset, text_offset) - 1

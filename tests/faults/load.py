@@ -13,7 +13,8 @@ from relay.errors import PublishRefused
 from relay.events import EventType
 from relay.keys import Keys
 from relay.publisher import Publisher
-from relay.runs import AgentInfo, Claim, RunRegistry, SubmitRequest
+from relay.run_model import AgentInfo, Claim, SubmitRequest
+from relay.runs import RunRegistry
 from relay.scripts import LogLimits, RedisLink
 
 if TYPE_CHECKING:

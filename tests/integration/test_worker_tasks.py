@@ -13,7 +13,7 @@ from relay.codec import Task, encode_task
 from relay.config import Settings
 from relay.errors import ConfigurationError, RedisMisconfigured, RedisUnavailable
 from relay.events import EventType
-from relay.runs import AgentInfo
+from relay.run_model import AgentInfo
 from tests.conftest import OwnRedis
 from tests.integration.worker_support import Client, eventually, worker_settings
 

@@ -15,7 +15,8 @@ from relay.config import Settings, load_settings
 from relay.events import EventType
 from relay.grammar import RunGrammar
 from relay.keys import Keys
-from relay.runs import RunDetail, RunRegistry, SubmitRequest
+from relay.run_model import RunDetail, SubmitRequest
+from relay.runs import RunRegistry
 from relay.scripts import RedisLink
 
 DEADLINE_S = 10.0

@@ -1,0 +1,200 @@
+"""Keeps what a worker holds: the key that shows that it lives, and the leases of its runs.
+
+Both are renewed in one pipeline, from a thread and a connection of their own. An agent that
+blocks the event loop makes its own run stall; it must not make the whole worker look dead.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+import structlog
+from redis.backoff import NoBackoff
+from redis.connection import AbstractConnection
+from redis.exceptions import NoScriptError, RedisError
+from redis.retry import Retry
+
+from agent_worker import metrics
+from relay.errors import PublishRefused, RunEnded, StaleFence
+from relay.keys import NODE_TTL_MS, UserKeys
+from relay.scripts import LogLimits, load_scripts
+
+ANSWER_TIMEOUT_S = 1.0
+LONGEST_INTERVAL_S = 1.0
+STOP_TIMEOUT_S = 3.0
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lease:
+    """A worker's time-limited claim on a run.
+
+    Attributes:
+        user: The key names of the run's user.
+        run_id: The run.
+        fence: Proves that the claim is this worker's.
+        on_cancel: Called in the thread, with the flag's bytes, when the run is to stop.
+        on_lost: Called in the thread when the run is no longer this worker's.
+    """
+
+    user: UserKeys
+    run_id: str
+    fence: str
+    on_cancel: Callable[[bytes], None]
+    on_lost: Callable[[PublishRefused], None]
+
+
+class LeaseKeeper:
+    """Renews a worker's key and the leases of its runs.
+
+    Args:
+        redis_url: Where Redis is.
+        key: The worker's key.
+        value: What the key says about the worker.
+        lease_ms: How long a lease holds without being renewed.
+        limits: What the scripts keep of each user's history.
+        on_absent: Called, in the thread, when a renewal found the key gone: Redis was emptied,
+            restarted without its data, or away for longer than the key lives.
+    """
+
+    def __init__(
+        self,
+        redis_url: str,
+        key: str,
+        value: bytes,
+        *,
+        lease_ms: int,
+        limits: LogLimits,
+        on_absent: Callable[[], None],
+    ) -> None:
+        self._redis_url = redis_url
+        self._key = key
+        self._value = value
+        self._lease_ms = lease_ms
+        self._bounds = (limits.max_events, limits.max_age_ms, limits.max_bytes)
+        self._on_absent = on_absent
+        self._script = load_scripts()["renew"]
+        # Three chances within a lease, also where one of them waits for an answer in vain.
+        self._interval_s = min(LONGEST_INTERVAL_S, lease_ms / 4000)
+        self._lock = threading.Lock()
+        self._leases: list[Lease] = []
+        self._instance = ""
+        self._is_first = True
+        self._is_away = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew_until_stopped, name=key, daemon=True)
+
+    def start(self) -> None:
+        """Write the key for the first time and keep it from then on."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Remove the key and end the thread. Blocks for at most three seconds."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(STOP_TIMEOUT_S)
+
+    def hold(self, lease: Lease) -> None:
+        """Renew this lease from now on."""
+        with self._lock:
+            self._leases.append(lease)
+
+    def release(self, lease: Lease) -> None:
+        """Renew this lease no more. Doing it twice changes nothing."""
+        with self._lock:
+            self._leases = [held for held in self._leases if held is not lease]
+
+    def _renew_until_stopped(self) -> None:
+        client = redis.Redis.from_url(
+            self._redis_url,
+            protocol=2,
+            socket_timeout=ANSWER_TIMEOUT_S,
+            socket_connect_timeout=ANSWER_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            max_connections=1,
+            redis_connect_func=self._on_connect,
+        )
+        with client:
+            while not self._stop.is_set():
+                try:
+                    self._renew(client)
+                except RedisError as error:
+                    metrics.REDIS_FAILURES.labels("leases").inc()
+                    if not self._is_away:
+                        _log.warning("leases_not_renewed", reason=str(error))
+                    self._is_away = True
+                self._stop.wait(self._interval_s)
+            self._remove(client)
+
+    def _on_connect(self, connection: AbstractConnection) -> None:
+        connection.on_connect()
+        connection.send_command("INFO", "replication", check_health=False)
+        match = re.search(rb"master_replid:([0-9a-f]+)", connection.read_response())
+        self._instance = match[1].decode() if match else "unknown"
+
+    def _renew(self, client: redis.Redis) -> None:
+        # First, because it makes the connection: the scripts are told which server that is.
+        before = client.set(self._key, self._value, px=NODE_TTL_MS, get=True)
+        if self._is_away:
+            _log.info("leases_renewed_again")
+        if before is None and not self._is_first:
+            self._on_absent()
+        self._is_first = self._is_away = False
+        with self._lock:
+            leases = list(self._leases)
+        if leases:
+            self._renew_leases(client, leases)
+
+    def _renew_leases(self, client: redis.Redis, leases: list[Lease]) -> None:
+        answers = self._send(client, leases)
+        if any(isinstance(answer, NoScriptError) for answer in answers):
+            client.script_load(self._script.source)
+            answers = self._send(client, leases)
+        for lease, answer in zip(leases, answers, strict=True):
+            self._receive(lease, answer)
+
+    def _send(self, client: redis.Redis, leases: list[Lease]) -> list[Any]:
+        with client.pipeline(transaction=False) as pipe:
+            for lease in leases:
+                pipe.execute_command("EVALSHA", self._script.sha, *self._arguments(lease))
+            return pipe.execute(raise_on_error=False)
+
+    def _arguments(self, lease: Lease) -> tuple[str | int, ...]:
+        user = lease.user
+        keys = (user.channel, user.log, user.texts, user.live, user.runs, user.threads)
+        keys = (*keys, user.run(lease.run_id))
+        shared = (self._instance, secrets.token_hex(6), *self._bounds)
+        return (len(keys), *keys, *shared, lease.run_id, lease.fence, self._lease_ms)
+
+    def _receive(self, lease: Lease, answer: Any) -> None:
+        if isinstance(answer, RedisError):
+            _log.error("lease_not_renewed", run_id=lease.run_id, reason=str(answer))
+            return
+        match answer:
+            case [b"ok", cancel, *_]:
+                if cancel:
+                    lease.on_cancel(cancel)
+            case [b"ended", status]:
+                self._lose(lease, RunEnded(lease.run_id, status.decode()))
+            case [b"stale"]:
+                self._lose(lease, StaleFence(f"run {lease.run_id}: the attempt was superseded"))
+            case _:
+                self._lose(lease, PublishRefused(f"run {lease.run_id}: Redis does not know it"))
+
+    def _lose(self, lease: Lease, refusal: PublishRefused) -> None:
+        self.release(lease)
+        lease.on_lost(refusal)
+
+    def _remove(self, client: redis.Redis) -> None:
+        try:
+            client.delete(self._key)
+        except RedisError as error:
+            # It expires by itself within seconds.
+            _log.debug("worker_key_not_removed", reason=str(error))

@@ -1,0 +1,171 @@
+"""What a delivered event costs a gateway, beside the usual way and the floor, saturated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import median
+
+from benchmarks.figures import (
+    DISTRIBUTION_COLUMNS,
+    Section,
+    Table,
+    format_spread,
+    over_rounds,
+)
+from benchmarks.load import (
+    Count,
+    LoadClient,
+    event_sizes,
+    open_channels,
+    plain_feeds,
+    plain_target,
+    relay_feeds,
+    relay_target,
+)
+from benchmarks.processes import Process, RedisProcess
+from benchmarks.stage import Plan, Stage
+
+NAME = "throughput"
+USERS = 500
+BURST = 5
+
+RELAY, USUAL, FLOOR, FLOOR_TICK = "relay", "usual way", "C floor", "C floor, one send a tick"
+
+_METHOD = """\
+{users} users with one connection each on one gateway process{pinned}. The load generator publishes
+to Redis and receives the events, with at most one event (or burst) per user on its way: whatever
+arrives makes room for the next. All candidates run at once and take turns; one that has no turn is
+idle. CPU is user and system time of the gateway process alone, divided by delivered events.
+An event has {stored} bytes stored and {frame} as a frame, the same for all candidates.
+
+*usual way*: a Starlette WebSocket with a redis-py PubSub per connection, without tokens,
+positions, history, budgets or metrics (`benchmarks/reference_starlette.py`). *C floor*: one `send`
+per event, nothing else (`benchmarks/native/floor.c`); *one send a tick*: one per socket and read
+from Redis. The relay is measured with all of its promises on.
+
+*one at a time*: each PUBLISH carries one event, for the next user in turn. *bursts of {burst}*:
+{burst} PUBLISHes for one user back to back. *batches of {burst}*: one PUBLISH with {burst} events,
+which is how the relay's own publisher sends what an agent says in one go. Medians of {rounds}
+interleaved rounds of {seconds:g} s; in brackets the range."""
+
+
+@dataclass
+class _Candidate:
+    name: str
+    process: Process
+    load: LoadClient
+    cpu_us: dict[str, list[float]] = field(default_factory=dict)
+    counts: dict[str, list[Count]] = field(default_factory=dict)
+
+
+_MODES = {"one at a time": (1, False), f"bursts of {BURST}": (BURST, False)}
+_BATCHES = {f"batches of {BURST}": (BURST, True)}
+
+
+def measure(plan: Plan) -> Section:
+    users, rounds = plan.size(USERS, 100), plan.size(5, 2)
+    seconds = plan.size(2.0, 0.7)
+    with Stage(plan) as stage:
+        server = stage.redis()
+        candidates = _start(stage, server, users)
+        for number in range(rounds):
+            plan.say(f"throughput, round {number + 1} of {rounds}")
+            for candidate in candidates:
+                modes = _MODES | (_BATCHES if candidate.name == RELAY else {})
+                for mode, (burst, batched) in modes.items():
+                    _run(candidate, mode, burst, batched, seconds, users)
+    return _section(plan, candidates, users, rounds, seconds)
+
+
+def _start(stage: Stage, server: RedisProcess, users: int) -> list[_Candidate]:
+    open_channels(server, users)
+    gateway = stage.gateway(server)
+    load = stage.load([relay_target(user, gateway.port) for user in range(users)])
+    load.connect(is_relay=True)
+    load.use_redis(server, relay_feeds(server, users))
+    candidates = [_Candidate(RELAY, gateway.process, load)]
+    references = {
+        USUAL: stage.starlette(server),
+        FLOOR: stage.floor(server, "each"),
+        FLOOR_TICK: stage.floor(server, "tick"),
+    }
+    for label, (name, reference) in enumerate(references.items()):
+        if reference is None:
+            continue
+        targets = [plain_target(user, reference.port, str(label)) for user in range(users)]
+        load = stage.load(targets)
+        load.connect(is_relay=False)
+        load.use_redis(server, plain_feeds(users, str(label)))
+        candidates.append(_Candidate(name, reference.process, load))
+    return candidates
+
+
+def _run(
+    candidate: _Candidate, mode: str, burst: int, batched: bool, seconds: float, users: int
+) -> None:
+    before_s = candidate.process.cpu_s()
+    count = candidate.load.flow(seconds, window=users, burst=burst, batched=batched)
+    used_s = candidate.process.cpu_s() - before_s
+    candidate.cpu_us.setdefault(mode, []).append(used_s / count.received * 1e6)
+    candidate.counts.setdefault(mode, []).append(count)
+
+
+def _section(
+    plan: Plan, candidates: list[_Candidate], users: int, rounds: int, seconds: float
+) -> Section:
+    stored, frame = event_sizes()
+    section = Section(
+        NAME,
+        "Cost of a delivered event, saturated",
+        _METHOD.format(
+            users=users,
+            pinned=" that has a processor for itself" if plan.placement.is_pinned else "",
+            stored=stored,
+            frame=frame,
+            burst=BURST,
+            rounds=rounds,
+            seconds=seconds,
+        ),
+    )
+    relay = candidates[0]
+    ratios = Table(["gateway CPU of the relay, relative to", *_MODES, *_BATCHES])
+    for other in candidates[1:]:
+        cells = []
+        for mode in (*_MODES, *_BATCHES):
+            base = f"bursts of {BURST}" if mode in _BATCHES else mode
+            # By round: what else the machine does then weighs on both sides.
+            ratio = median(
+                mine / theirs
+                for mine, theirs in zip(relay.cpu_us[mode], other.cpu_us[base], strict=True)
+            )
+            section.figures[f"throughput.{mode}/{other.name}"] = ratio
+            cells.append(f"{ratio:.2f} x")
+        ratios.rows.append([other.name, *cells])
+    if ratios.rows:
+        section.tables.append(ratios)
+    section.tables += [_cost_table(candidates), _latency_table(candidates)]
+    return section
+
+
+def _cost_table(candidates: list[_Candidate]) -> Table:
+    table = Table(["candidate", "mode", "CPU us/event", "events/s", "gateway CPU"])
+    for candidate in candidates:
+        for mode, costs in candidate.cpu_us.items():
+            counts = candidate.counts[mode]
+            rate = median(count.rate for count in counts)
+            busy = median(
+                cost * count.rate / 1e6 for cost, count in zip(costs, counts, strict=True)
+            )
+            table.rows.append(
+                [candidate.name, mode, format_spread(costs), f"{rate:,.0f}", f"{busy:.0%}"]
+            )
+    return table
+
+
+def _latency_table(candidates: list[_Candidate]) -> Table:
+    table = Table(["at saturation, publish to client", "mode", *DISTRIBUTION_COLUMNS])
+    for candidate in candidates:
+        for mode, counts in candidate.counts.items():
+            latency = over_rounds([count.latency for count in counts])
+            table.rows.append([candidate.name, mode, *latency.cells()])
+    return table

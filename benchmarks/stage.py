@@ -1,0 +1,110 @@
+"""What a measurement starts, and in which size; everything ends with the block."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+from benchmarks.load import LoadClient, Target
+from benchmarks.native import compile_program
+from benchmarks.processes import (
+    Gateway,
+    Placement,
+    PortServer,
+    Process,
+    RedisProcess,
+    start_worker,
+)
+
+_Size = TypeVar("_Size")
+
+
+class _Stoppable(Protocol):
+    def stop(self) -> None: ...
+
+
+_Started = TypeVar("_Started", bound=_Stoppable)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How thorough a measurement is.
+
+    Attributes:
+        is_quick: Seconds instead of minutes; the figures are then good for a glance only.
+        folder: For temporary files.
+        profile_folder: Where profiles go; None: nothing is profiled.
+        say: Tells the user what is being measured.
+    """
+
+    is_quick: bool
+    folder: Path
+    placement: Placement
+    say: Callable[[str], None]
+    profile_folder: Path | None = None
+
+    def size(self, full: _Size, quick: _Size) -> _Size:
+        return quick if self.is_quick else full
+
+
+class Stage:
+    """The processes of one measurement. Gateways get the processor that ``placement`` keeps."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def _start(self, role: str, start: Callable[[], _Started]) -> _Started:
+        with self._plan.placement.of(role):
+            started = start()
+        self._stack.callback(started.stop)
+        return started
+
+    def redis(self) -> RedisProcess:
+        return self._start("rest", lambda: RedisProcess(self._plan.folder))
+
+    def gateway(self, server: RedisProcess, command: Sequence[str] | None = None) -> Gateway:
+        return self._start("gateway", lambda: Gateway(server.url, command=command))
+
+    def starlette(self, server: RedisProcess) -> PortServer:
+        """Start the usual way: see ``reference_starlette``."""
+        command = [sys.executable, "-m", "benchmarks.reference_starlette", str(server.port)]
+        return self._start("gateway", lambda: PortServer("Starlette reference", command))
+
+    def floor(self, server: RedisProcess, mode: str) -> PortServer | None:
+        """Start the C floor; None where there is no compiler."""
+        program = compile_program("floor")
+        if program is None:
+            return None
+        command = [str(program), str(server.port), mode]
+        return self._start("gateway", lambda: PortServer("floor", command))
+
+    def load(self, targets: Sequence[Target]) -> LoadClient:
+        return self._start("rest", lambda: LoadClient(self._plan.folder, targets))
+
+    def worker(self, server: RedisProcess, reference: str, app_dir: str) -> Process:
+        return self._start("rest", lambda: start_worker(server.url, reference, app_dir))
+
+    def publisher(self, server: RedisProcess, *arguments: Any) -> Process:
+        """Start the publishing process; it answers ``go`` with what it has measured."""
+        command = [sys.executable, "-m", "benchmarks.publishing", server.url]
+        return self._start(
+            "rest",
+            lambda: Process("publisher", [*command, *map(str, arguments)], pipes=True),
+        )

@@ -1,0 +1,245 @@
+"""Who may connect: every refusal comes before the upgrade, and says what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from typing import TYPE_CHECKING
+
+import jwt
+import pytest
+from websockets.exceptions import InvalidStatus
+
+from gateway.app import Gateway, running_gateway
+from relay.keys import Keys
+from tests.integration.gateway_support import (
+    SECRET,
+    bearer,
+    gateway_settings,
+    http,
+    raw_tab,
+    refusal,
+    tab,
+    token,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import redis.asyncio
+
+    from tests.conftest import OwnRedis
+
+
+@pytest.fixture
+async def gateway(redis_url: str, key_prefix: str) -> AsyncIterator[Gateway]:
+    settings = gateway_settings(
+        redis_url, key_prefix, jwt_issuer="app", jwt_audience="relay", max_connections_per_user=3
+    )
+    async with running_gateway(settings) as running:
+        yield running
+
+
+GOOD = {"issuer": "app", "audience": "relay"}
+
+
+def unsigned() -> str:
+    parts = [{"alg": "none", "typ": "JWT"}, {"sub": "alice", "exp": 4_000_000_000}]
+    return (
+        ".".join(
+            base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode()
+            for part in parts
+        )
+        + "."
+    )
+
+
+async def test_token_comes_as_header_or_as_subprotocol(gateway: Gateway) -> None:
+    async with tab(gateway, "alice", **GOOD) as opened:
+        assert opened.frames[0]["user_id"] == "alice"
+        assert opened.socket.subprotocol is None
+    entry = f"bearer.{token('bob', **GOOD)}"
+    async with raw_tab(gateway, subprotocols=["relay.v1", entry]) as opened:
+        assert (await opened.receive())["user_id"] == "bob"
+        assert opened.socket.subprotocol == "relay.v1"
+        response = opened.socket.response
+        assert response is not None
+        assert all("bearer" not in value for value in response.headers.values())
+
+
+async def test_bad_tokens_are_refused_with_401_and_the_next_good_one_works(
+    gateway: Gateway,
+) -> None:
+    expired = token(ttl_s=-60, **GOOD)
+    claims = {"sub": "alice", "exp": 4_000_000_000, "iss": "app", "aud": "relay"}
+    without_user = jwt.encode({**claims, "sub": ""}, SECRET, "HS256")
+    bad = {
+        "no token": ({}, "no token"),
+        "garbage": ({"Authorization": "Bearer garbage"}, "not a JSON Web Token"),
+        "not bearer": ({"Authorization": f"Basic {token(**GOOD)}"}, "not: Bearer"),
+        "empty": ({"Authorization": "Bearer"}, "not: Bearer"),
+        "expired": ({"Authorization": f"Bearer {expired}"}, "expired"),
+        "issuer": (bearer(issuer="other", audience="relay"), "issuer"),
+        "audience": (bearer(issuer="app", audience="other"), "audience"),
+        "alg none": ({"Authorization": f"Bearer {unsigned()}"}, "algorithm"),
+        "key": (bearer(secret="k" * 40, **GOOD), "signature"),
+        "user": ({"Authorization": f"Bearer {without_user}"}, "sub"),
+    }
+    for headers, words in bad.values():
+        response, problem = await refusal(gateway, headers=headers)
+        assert response.status_code == 401
+        assert problem["code"] == "invalid_token"
+        assert words in problem["detail"]
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+        shown = headers.get("Authorization", "").rpartition(" ")[2]
+        assert not shown or shown not in (response.body or b"").decode()
+        async with http(gateway, None) as client:
+            answer = await client.post("/v1/runs", headers=headers, json={})
+            assert answer.status_code == 401
+            assert answer.json()["detail"] == problem["detail"]
+    async with tab(gateway, **GOOD):
+        pass
+    assert gateway.metrics.refused == {"invalid_token": len(bad)}
+
+
+@pytest.mark.parametrize("name", ["token", "access_token", "ticket"])
+async def test_token_in_the_url_is_refused_with_guidance(gateway: Gateway, name: str) -> None:
+    secret = token(**GOOD)
+    response, problem = await refusal(gateway, query=f"?{name}={secret}", headers=bearer(**GOOD))
+    assert response.status_code == 401
+    assert "URL" in problem["detail"]
+    assert any("bearer.<token>" in hint for hint in problem["recovery_suggestions"])
+    assert secret not in (response.body or b"").decode()
+
+
+async def test_ticket_opens_one_connection_only(gateway: Gateway) -> None:
+    async with http(gateway, "alice", **GOOD) as client:
+        answer = await client.post("/v1/tickets")
+        assert answer.status_code == 201
+        assert answer.json()["expires_in_s"] == 30
+        ticket = answer.json()["ticket"]
+    async with raw_tab(gateway, query=f"?ticket={ticket}") as opened:
+        assert (await opened.receive())["user_id"] == "alice"
+    response, problem = await refusal(gateway, query=f"?ticket={ticket}")
+    assert response.status_code == 401
+    assert "used" in problem["detail"]
+    for made_up in ("", "x", "x" * 43, "*", "%7Balice%7D%3Alive"):
+        assert (await refusal(gateway, query=f"?ticket={made_up}"))[0].status_code == 401
+
+
+async def test_ticket_used_by_two_at_once_opens_one(gateway: Gateway) -> None:
+    async with http(gateway, "alice", **GOOD) as client:
+        ticket = (await client.post("/v1/tickets")).json()["ticket"]
+
+    async def attempt() -> bool:
+        try:
+            async with raw_tab(gateway, query=f"?ticket={ticket}"):
+                return True
+        except InvalidStatus:
+            return False
+
+    assert sorted(await asyncio.gather(*(attempt() for _ in range(5)))) == [False] * 4 + [True]
+
+
+async def test_ticket_expires(
+    gateway: Gateway, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    async with http(gateway, "alice", **GOOD) as client:
+        ticket = (await client.post("/v1/tickets")).json()["ticket"]
+        assert 0 < await redis.pttl(Keys(key_prefix).ticket(ticket)) <= 30_000
+    async with http(gateway, None) as client:
+        assert (await client.get("/v1/runs", params={"ticket": ticket})).status_code == 401
+
+
+async def test_pages_of_other_origins_are_refused(gateway: Gateway) -> None:
+    host = gateway.url.removeprefix("http://")
+    for origin in ("https://evil.example", "null", f"http://{host}.evil.example", "http://[::1"):
+        response, problem = await refusal(gateway, headers={**bearer(**GOOD), "Origin": origin})
+        assert response.status_code == 403
+        assert problem["code"] == "forbidden"
+        assert "RELAY_ALLOWED_ORIGINS" in problem["recovery_suggestions"][0]
+        async with http(gateway, "alice", **GOOD) as client:
+            answer = await client.post("/v1/tickets", headers={"Origin": origin})
+            assert answer.status_code == 403
+    async with raw_tab(gateway, headers={**bearer(**GOOD), "Origin": gateway.url}) as opened:
+        assert (await opened.receive())["type"] == "connection_established"
+
+
+async def test_allowed_origins_may_connect(redis_url: str, key_prefix: str) -> None:
+    settings = gateway_settings(
+        redis_url, key_prefix, allowed_origins="https://chat.example.com,http://localhost:3000"
+    )
+    async with running_gateway(settings) as gateway:
+        for origin in ("https://chat.example.com", "http://localhost:3000", gateway.url):
+            async with raw_tab(gateway, headers={**bearer(), "Origin": origin}) as opened:
+                assert (await opened.receive())["type"] == "connection_established"
+        response, _ = await refusal(
+            gateway, headers={**bearer(), "Origin": "https://chat.example.com.evil.example"}
+        )
+        assert response.status_code == 403
+
+
+async def test_limit_of_connections_is_told_with_429(gateway: Gateway) -> None:
+    async with tab(gateway, **GOOD), tab(gateway, **GOOD):
+        async with tab(gateway, **GOOD):
+            response, problem = await refusal(gateway, headers=bearer(**GOOD))
+            assert response.status_code == 429
+            assert int(response.headers["Retry-After"]) > 0
+            assert "3 connections" in problem["detail"]
+            async with http(gateway, "alice", **GOOD) as client:
+                answer = await client.post("/v1/tickets")
+                assert answer.status_code == 429
+                assert int(answer.headers["Retry-After"]) > 0
+            async with tab(gateway, "bob", **GOOD):
+                pass
+        async with tab(gateway, **GOOD):
+            pass
+
+
+async def test_wrong_parameters_are_named(gateway: Gateway) -> None:
+    for query, words in (
+        ("?since=yesterday", "since is active, now, 0 or a position"),
+        ("?since=e:-5", "since"),
+        (f"?client_id={'x' * 129}", "client_id"),
+    ):
+        response, problem = await refusal(gateway, query=query, headers=bearer(**GOOD))
+        assert response.status_code == 422
+        assert words in problem["detail"]
+
+
+async def test_no_websocket_elsewhere(gateway: Gateway) -> None:
+    with pytest.raises(InvalidStatus) as caught:
+        async with raw_tab(f"{gateway.url}/elsewhere"):
+            pass
+    assert caught.value.response.status_code == 404
+
+
+async def test_redis_away_is_told_with_503(own_redis: OwnRedis, key_prefix: str) -> None:
+    server = await own_redis()
+    async with running_gateway(gateway_settings(server.url, key_prefix)) as gateway:
+        async with tab(gateway):
+            pass
+        await server.kill()
+        await asyncio.sleep(1.1)  # the list of agents may be that old, and needs no Redis
+        response, problem = await refusal(gateway, headers=bearer())
+        assert response.status_code == 503
+        assert problem["code"] == "unavailable"
+        assert int(response.headers["Retry-After"]) > 0
+        async with http(gateway) as client:
+            for answer in (
+                await client.post("/v1/tickets"),
+                await client.get("/v1/runs"),
+                await client.post("/v1/runs", json={"thread_id": "t", "content": "x"}),
+            ):
+                assert answer.status_code == 503
+                assert int(answer.headers["Retry-After"]) > 0
+        await server.start()
+        for _ in range(100):
+            try:
+                async with tab(gateway):
+                    break
+            except InvalidStatus:
+                await asyncio.sleep(0.05)
+        else:
+            pytest.fail("the gateway did not come back")

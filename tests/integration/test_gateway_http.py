@@ -1,0 +1,324 @@
+"""The gateway over HTTP: runs, the page, health, and the internal listener."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from gateway.app import Gateway, running_gateway
+from relay.errors import CloseCode
+from tests.integration.gateway_support import (
+    Work,
+    bearer,
+    eventually,
+    gateway_settings,
+    http,
+    tab,
+    token,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+MAX_BODY = 4_096
+
+
+@pytest.fixture
+async def gateway(redis_url: str, key_prefix: str) -> AsyncIterator[Gateway]:
+    settings = gateway_settings(
+        redis_url,
+        key_prefix,
+        max_frame_bytes=MAX_BODY,
+        max_content_chars=500,
+        allowed_origins="https://chat.example.com",
+    )
+    async with running_gateway(settings) as running:
+        yield running
+
+
+@pytest.fixture
+async def work(gateway: Gateway) -> AsyncIterator[Work]:
+    async with Work(gateway.settings) as running:
+        yield running
+
+
+def check_problem(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    assert answer.status_code == status
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    problem: dict[str, Any] = answer.json()
+    assert set(problem) == {"type", "title", "status", "detail", "code", "recovery_suggestions"}
+    assert (problem["status"], problem["code"]) == (status, code)
+    assert problem["type"] == f"urn:agent-relay:problem:{code}"
+    assert problem["detail"]
+    assert problem["recovery_suggestions"]
+    return problem
+
+
+# --- Runs ---
+
+
+async def test_run_is_started_followed_and_found(gateway: Gateway, work: Work) -> None:
+    async with http(gateway) as client, tab(gateway) as opened:
+        body = {"thread_id": "t", "content": "hello", "metadata": {"a": 1}, "message_id": "m"}
+        answer = await client.post("/v1/runs", json=body)
+        assert answer.status_code == 202
+        run_id = answer.json()["run_id"]
+        assert answer.json() == {"run_id": run_id, "duplicate": False}
+        assert answer.headers["Location"] == f"/v1/runs/{run_id}"
+        assert (await client.post("/v1/runs", json=body)).json()["duplicate"] is True
+        queued = await opened.until("agent_queued")
+        assert queued["data"] == {"message_id": "m", "content": "hello", "metadata": {"a": 1}}
+        [listed] = (await client.get("/v1/runs")).json()["runs"]
+        assert (listed["run_id"], listed["status"]) == (run_id, "queued")
+        await work.carry_out(run_id)
+        found = (await client.get(f"/v1/runs/{run_id}")).json()
+        assert (found["status"], found["result"]) == ("completed", "Hello")
+        assert answer.headers["Cache-Control"] == "no-store"
+
+
+async def test_run_without_a_message_id_is_always_a_new_one(gateway: Gateway, work: Work) -> None:
+    async with http(gateway) as client:
+        body = {"thread_id": "t", "content": "hello", "agent": "echo"}
+        ids = {(await client.post("/v1/runs", json=body)).json()["run_id"] for _ in range(2)}
+        assert len(ids) == 2
+
+
+async def test_run_is_cancelled(gateway: Gateway, work: Work) -> None:
+    async with http(gateway) as client:
+        run_id = await work.submit()
+        answer = await client.post(f"/v1/runs/{run_id}/cancel", json={"reason": "enough"})
+        assert answer.status_code == 202
+        assert answer.json() == {"run_id": run_id, "status": "cancelled"}
+        check_problem(await client.post(f"/v1/runs/{run_id}/cancel"), 409, "run_ended")
+
+
+async def test_runs_of_others_do_not_exist(gateway: Gateway, work: Work) -> None:
+    run_id = await work.submit("alice")
+    async with http(gateway, "bob") as client:
+        check_problem(await client.get(f"/v1/runs/{run_id}"), 404, "unknown_run")
+        check_problem(await client.post(f"/v1/runs/{run_id}/cancel"), 404, "unknown_run")
+        assert (await client.get("/v1/runs")).json() == {"runs": []}
+
+
+async def test_bad_bodies_are_refused_and_the_next_good_one_works(
+    gateway: Gateway, work: Work
+) -> None:
+    good = {"thread_id": "t", "content": "x"}
+    cases: list[tuple[bytes, int, str, str]] = [
+        (b"", 400, "invalid_json", "JSON"),
+        (b"{", 400, "invalid_json", "JSON"),
+        (b"\xff\xfe", 400, "invalid_json", "JSON"),
+        (b"[]", 422, "invalid_frame", "object"),
+        (b"{}", 422, "invalid_frame", "thread_id: the field is required"),
+        (b'{"thread_id": "t", "content": ""}', 422, "invalid_frame", "content: must not be"),
+        (b'{"thread_id": "t", "content": 1}', 422, "invalid_frame", "content: "),
+        (b'{"thread_id": "t", "content": "x", "user_id": "bob"}', 422, "invalid_frame", "user_id"),
+        (b'{"thread_id": "t", "content": "%s"}' % (b"x" * 501), 413, "payload_too_large", "501"),
+        (b'{"pad": "%s"}' % (b"x" * MAX_BODY), 413, "frame_too_large", str(MAX_BODY)),
+        (b'{"thread_id": "t", "content": "x", "agent": "no"}', 404, "unknown_agent", "echo"),
+    ]
+    async with http(gateway) as client:
+        for body, status, code, words in cases:
+            problem = check_problem(await client.post("/v1/runs", content=body), status, code)
+            assert words in problem["detail"]
+            assert (await client.post("/v1/runs", json=good)).status_code == 202
+
+
+async def test_endless_body_is_not_read_to_its_end(gateway: Gateway) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(10_000):
+            yield b"x" * 10_000
+
+    async with http(gateway) as client:
+        try:
+            check_problem(await client.post("/v1/runs", content=endless()), 413, "frame_too_large")
+        except (httpx.WriteError, httpx.ReadError):
+            pass  # The gateway may hang up before all has been sent.
+        assert (await client.get("/v1/runs")).status_code == 200
+
+
+async def test_quota_is_told_with_retry_after(redis_url: str, key_prefix: str) -> None:
+    settings = gateway_settings(
+        redis_url, key_prefix, max_active_runs_per_user=1, max_queued_runs_per_user=0
+    )
+    async with running_gateway(settings) as gateway, Work(settings), http(gateway) as client:
+        assert (
+            await client.post("/v1/runs", json={"thread_id": "a", "content": "x"})
+        ).status_code == 202
+        answer = await client.post("/v1/runs", json={"thread_id": "b", "content": "x"})
+        check_problem(answer, 429, "rate_limited")
+        assert int(answer.headers["Retry-After"]) >= 1
+
+
+async def test_wrong_addresses_and_methods(gateway: Gateway) -> None:
+    async with http(gateway) as client:
+        check_problem(await client.get("/v1/nothing"), 404, "not_found")
+        answer = await client.delete("/v1/runs")
+        check_problem(answer, 405, "method_not_allowed")
+        assert "GET" in answer.headers["Allow"] or "POST" in answer.headers["Allow"]
+        check_problem(await client.get("/metrics"), 404, "not_found")
+        check_problem(await client.get("/v1/admin/stats"), 404, "not_found")
+
+
+# --- Pages of other origins ---
+
+
+async def test_allowed_origins_may_call_the_api_and_others_may_not(gateway: Gateway) -> None:
+    async with http(gateway) as client:
+        preflight = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type",
+        }
+        allowed = {"Origin": "https://chat.example.com"}
+        answer = await client.options("/v1/tickets", headers={**allowed, **preflight})
+        assert answer.status_code == 200
+        assert answer.headers["Access-Control-Allow-Origin"] == allowed["Origin"]
+        assert "Access-Control-Allow-Credentials" not in answer.headers
+        answer = await client.post("/v1/tickets", headers=allowed)
+        assert answer.status_code == 201
+        assert answer.headers["Access-Control-Expose-Headers"] == "Retry-After"
+        evil = {"Origin": "https://evil.example"}
+        answer = await client.options("/v1/tickets", headers={**evil, **preflight})
+        assert answer.status_code == 400
+        answer = await client.get("/v1/runs", headers=evil)
+        assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+# --- The page ---
+
+
+async def test_page_and_its_files_come_under_a_strict_policy(gateway: Gateway) -> None:
+    async with http(gateway, None) as client:
+        page = await client.get("/")
+        assert page.status_code == 200
+        assert page.headers["Content-Type"].startswith("text/html")
+        files = re.findall(r'(?:src|href)="(/?static/[^"]+)"', page.text)
+        assert files
+        script = await client.get("/static/relay-client.js")
+        assert "javascript" in script.headers["Content-Type"]
+        for answer in (page, script):
+            policy = answer.headers["Content-Security-Policy"]
+            assert "default-src 'none'" in policy
+            assert "unsafe" not in policy
+            assert answer.headers["X-Content-Type-Options"] == "nosniff"
+            assert answer.headers["Referrer-Policy"] == "no-referrer"
+            assert answer.headers["Cache-Control"] == "no-cache"
+            again = await client.get(
+                answer.url.path, headers={"If-None-Match": answer.headers["ETag"]}
+            )
+            assert again.status_code == 304
+            assert again.headers["Content-Security-Policy"] == policy
+        for name in files:
+            assert (await client.get("/" + name.lstrip("/"))).status_code == 200, name
+
+
+async def test_no_file_outside_the_folder_is_served(gateway: Gateway) -> None:
+    async with http(gateway, None) as client:
+        for path in (
+            "/static/../app.py",
+            "/static/%2e%2e/app.py",
+            "/static/..%2fapp.py",
+            "/static//etc/passwd",
+            "/static/%00",
+            "/static/",
+            "/static/nothing.js",
+        ):
+            check_problem(await client.get(path), 404, "not_found")
+
+
+# --- Health and operators ---
+
+
+async def test_health_is_public_and_its_detail_internal(gateway: Gateway) -> None:
+    async with http(gateway, None) as client:
+        assert (await client.get("/healthz")).json() == {"status": "ok"}
+        answer = await client.get("/readyz")
+        assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+        answer = await client.get(gateway.admin_url + "/readyz")
+        assert answer.status_code == 200
+        checks = {check["name"]: check for check in answer.json()["checks"]}
+        assert set(checks) == {"redis_round_trip", "subscription", "drain"}
+        assert all(check["ok"] for check in checks.values())
+        assert "ms" in checks["redis_round_trip"]["detail"]
+        assert (await client.get(gateway.admin_url + "/healthz")).status_code == 200
+
+
+async def test_metrics_count_what_happened(gateway: Gateway, work: Work) -> None:
+    async with tab(gateway) as opened, http(gateway, None) as client:
+        await work.run()
+        await opened.until("agent_completed")
+        await client.get("/v1/runs")
+        text = (await client.get(gateway.admin_url + "/metrics")).text
+        figures = {
+            line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+            for line in text.splitlines()
+            if not line.startswith("#")
+        }
+        assert figures["relay_connections"] == 1
+        assert figures["relay_connections_opened_total"] == 1
+        assert figures["relay_delivered_events_total"] == len(opened.events)
+        assert figures["relay_sent_bytes_total"] > 500
+        assert figures["relay_subscriber_connected"] == 1
+        assert figures["relay_ready"] == 1
+        assert 0 <= figures["relay_probe_age_seconds"] < 3
+        for name in ("relay_catch_ups_total", "relay_resets_total", "relay_loop_lag_seconds"):
+            assert name in figures
+
+
+async def test_operators_need_the_scope(gateway: Gateway) -> None:
+    async with http(gateway, None) as client:
+        stats = gateway.admin_url + "/v1/admin/stats"
+        check_problem(await client.get(stats), 401, "invalid_token")
+        check_problem(await client.get(stats, headers=bearer()), 403, "forbidden")
+        near_miss = bearer(scopes=["relay:administrator", "admin"])
+        check_problem(await client.get(stats, headers=near_miss), 403, "forbidden")
+        async with tab(gateway):
+            answer = await client.get(stats, headers=bearer(scopes=["x", "relay:admin"]))
+            assert answer.status_code == 200
+            assert answer.json()["connections"] == 1
+            assert answer.json()["node"] == gateway.node.node_id
+
+
+async def test_operator_disconnects_a_user_on_every_node(gateway: Gateway) -> None:
+    odd = "a/b {x}"
+    async with (
+        running_gateway(gateway.settings) as second,
+        tab(gateway, odd) as one,
+        tab(second, odd) as two,
+        tab(second, "bob") as other,
+        http(gateway, None) as client,
+    ):
+        address = f"{gateway.admin_url}/v1/admin/users/a%2Fb%20%7Bx%7D/disconnect"
+        check_problem(await client.post(address, headers=bearer()), 403, "forbidden")
+        answer = await client.post(address, headers=bearer(scopes=["relay:admin"]))
+        assert (answer.status_code, answer.json()) == (202, {"nodes": 2})
+        assert (await one.closed())[0] == CloseCode.FORBIDDEN
+        assert (await two.closed())[0] == CloseCode.FORBIDDEN
+        assert await other.is_alive()
+
+
+async def test_tokens_never_reach_the_log(
+    gateway: Gateway, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    secret = token("alice")
+    async with http(gateway, None) as client:
+        await client.get("/v1/runs", params={"token": secret})
+        await client.get("/v1/runs", headers={"Authorization": f"Bearer {secret}"})
+    async with tab(gateway) as opened:
+        await opened.ask(type="refresh_token", token=secret)
+        await opened.ask(type="refresh_token", token=secret + "x")
+
+    async def is_closed() -> bool:
+        return not len(gateway.pool)
+
+    await eventually(is_closed)
+    written = capfd.readouterr()
+    mine = [r.getMessage() for r in caplog.records if not r.name.startswith(("http", "websockets"))]
+    for text in (written.out, written.err, *mine):
+        assert secret not in text
+        assert secret.split(".")[2] not in text

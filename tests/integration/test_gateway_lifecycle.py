@@ -1,0 +1,278 @@
+"""How a gateway starts, why it may refuse to, when it says that it is ready, how it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from gateway.app import Gateway, running_gateway
+from relay.errors import CloseCode, ConfigurationError, RedisMisconfigured, RedisUnavailable
+from relay.keys import Keys
+from tests.integration.gateway_support import (
+    SECRET,
+    bearer,
+    eventually,
+    gateway_settings,
+    http,
+    raw_tab,
+    tab,
+)
+
+if TYPE_CHECKING:
+    import redis.asyncio
+
+    from relay.config import Settings
+    from tests.conftest import OwnRedis
+
+
+async def refuse_to_start(settings: Settings, kind: type[Exception]) -> str:
+    started_s = time.monotonic()
+    with pytest.raises(kind) as caught:
+        async with running_gateway(settings):
+            pass
+    assert time.monotonic() - started_s < 8
+    return str(caught.value)
+
+
+# --- Starting ---
+
+
+async def test_port_in_use_is_one_clear_sentence(redis_url: str, key_prefix: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        for name in ("port", "admin_port"):
+            settings = gateway_settings(redis_url, key_prefix, **{name: port})
+            text = await refuse_to_start(settings, ConfigurationError)
+            assert text == (
+                f"Port {port} on 127.0.0.1 is in use by another program. Stop that program, "
+                f"or set RELAY_{name.upper()} to another port."
+            )
+
+
+async def test_host_that_is_not_ours_is_named(redis_url: str, key_prefix: str) -> None:
+    for host in ("192.0.2.1", "no such host"):
+        settings = gateway_settings(redis_url, key_prefix, host=host)
+        text = await refuse_to_start(settings, ConfigurationError)
+        assert host in text
+        assert "RELAY_HOST" in text
+
+
+async def test_no_key_for_tokens_is_named(redis_url: str, key_prefix: str) -> None:
+    settings = gateway_settings(redis_url, key_prefix, jwt_secret=())
+    assert "RELAY_JWT_SECRET" in await refuse_to_start(settings, ConfigurationError)
+
+
+async def test_redis_that_is_not_there_is_named(key_prefix: str) -> None:
+    settings = gateway_settings("redis://127.0.0.1:1/0", key_prefix)
+    text = await refuse_to_start(settings, RedisUnavailable)
+    assert "redis://127.0.0.1:1/0" in text
+
+
+async def test_wrong_password_is_named_but_not_shown(own_redis: OwnRedis, key_prefix: str) -> None:
+    server = await own_redis(password="right")
+    wrong = server.url.replace("right", "wr0ng")
+    text = await refuse_to_start(gateway_settings(wrong, key_prefix), RedisMisconfigured)
+    assert "password" in text
+    assert "wr0ng" not in text
+
+
+async def test_wrong_scheme_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="RELAY_REDIS_URL"):
+        gateway_settings("http://127.0.0.1:6379", "x")
+
+
+async def test_node_is_known_while_it_lives(
+    redis_url: str, key_prefix: str, redis: redis.asyncio.Redis
+) -> None:
+    async with running_gateway(gateway_settings(redis_url, key_prefix)) as gateway:
+        key = Keys(key_prefix).node(gateway.node.node_id)
+        assert 0 < await redis.pttl(key) <= 3_000
+        await redis.pexpire(key, 100)
+
+        async def is_renewed() -> bool:
+            return bool(await redis.pttl(key) > 1_000)
+
+        await eventually(is_renewed)
+        assert dict(await redis.pubsub_numsub(key))[key.encode()] == 1
+    assert not await redis.exists(key)
+
+
+# --- Readiness ---
+
+
+async def test_readiness_turns_red_when_redis_goes_silent_and_green_when_it_is_back(
+    own_redis: OwnRedis, key_prefix: str
+) -> None:
+    server = await own_redis()
+    async with running_gateway(gateway_settings(server.url, key_prefix)) as gateway:
+        async with http(gateway, None) as client:
+
+            async def is_ready() -> bool:
+                status = (await client.get("/readyz")).status_code
+                assert status in (200, 503)
+                return status == 200
+
+            async def is_not_ready() -> bool:
+                return not await is_ready()
+
+            assert await is_ready()
+            # Frozen, not dead: no connection is refused or reset.
+            server.pause()
+            silent_s = time.monotonic()
+            await eventually(is_not_ready)
+            assert time.monotonic() - silent_s < 5
+            detail = (await client.get(gateway.admin_url + "/readyz")).json()
+            [red] = [c for c in detail["checks"] if c["name"] == "redis_round_trip"]
+            assert red["ok"] is False
+            assert "Redis" in red["detail"]
+            assert (await client.get("/healthz")).status_code == 200
+            server.resume()
+            await eventually(is_ready)
+
+
+async def test_readiness_needs_pubsub_not_only_commands(
+    own_redis: OwnRedis, key_prefix: str
+) -> None:
+    server = await own_redis()
+    async with running_gateway(gateway_settings(server.url, key_prefix)) as gateway:
+        async with http(gateway, None) as client, server.client() as operator:
+            for permission in ("resetchannels", "-subscribe"):
+                await operator.execute_command("ACL", "SETUSER", "default", permission)
+            await operator.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+
+            async def is_not_ready() -> bool:
+                return (await client.get("/readyz")).status_code == 503
+
+            await eventually(is_not_ready)
+
+
+# --- Leaving ---
+
+PROGRAM = """
+import sys
+from gateway.app import Gateway, serve
+from relay.config import load_settings
+started = Gateway.start
+async def start(gateway):
+    await started(gateway)
+    print("READY", gateway.url, flush=True)
+Gateway.start = start
+serve(load_settings(env_file=None, port=0, admin_port=0, redis_url=sys.argv[1],
+                    key_prefix=sys.argv[2], jwt_secret=sys.argv[3]))
+"""
+
+
+class GatewayProcess:
+    """A gateway as a process of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process, url: str) -> None:
+        self.process = process
+        self.url = url
+
+    @classmethod
+    async def start(cls, redis_url: str, key_prefix: str) -> GatewayProcess:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            PROGRAM,
+            redis_url,
+            key_prefix,
+            SECRET,
+            stdout=asyncio.subprocess.PIPE,
+            env={k: v for k, v in os.environ.items() if not k.startswith("RELAY_")},
+        )
+        assert process.stdout is not None
+        while line := await process.stdout.readline():
+            if line.startswith(b"READY"):
+                return cls(process, line.split()[1].decode())
+        raise AssertionError(f"the gateway ended with {await process.wait()}")
+
+    async def end(self) -> int:
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.communicate()
+        assert self.process.returncode is not None
+        return self.process.returncode
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signal_hands_every_client_over_and_ends_the_process(
+    redis_url: str, key_prefix: str, number: signal.Signals
+) -> None:
+    gateway = await GatewayProcess.start(redis_url, key_prefix)
+    try:
+        async with (
+            tab(gateway.url) as one,
+            tab(gateway.url) as two,
+            tab(gateway.url, "bob") as three,
+            raw_tab(gateway.url, headers=bearer("carol")) as four,
+        ):
+            gateway.process.send_signal(number)
+            asked_s = time.monotonic()
+            for opened in (one, two, three, four):
+                code, reason = await opened.closed()
+                assert code == CloseCode.DRAIN
+                assert reason
+                last = opened.frames[-1]
+                assert (last["type"], last["reason"]) == ("reconnect", "drain")
+                assert 0 <= last["after_ms"] < 300
+            async with asyncio.timeout(10):
+                await gateway.process.communicate()
+            assert time.monotonic() - asked_s < 5
+            assert gateway.process.returncode == 0
+        with pytest.raises(httpx.ConnectError):
+            async with httpx.AsyncClient(trust_env=False) as client:
+                await client.get(gateway.url + "/healthz")
+    finally:
+        await gateway.end()
+
+
+async def test_client_that_ignores_the_close_does_not_hold_the_gateway(
+    redis_url: str, key_prefix: str
+) -> None:
+    gateway = await GatewayProcess.start(redis_url, key_prefix)
+    try:
+        async with tab(gateway.url) as opened:
+            opened.socket.transport.pause_reading()
+            gateway.process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(10):
+                await gateway.process.communicate()
+            assert gateway.process.returncode == 0
+    finally:
+        await gateway.end()
+
+
+async def test_readiness_is_red_during_the_drain(redis_url: str, key_prefix: str) -> None:
+    async with running_gateway(gateway_settings(redis_url, key_prefix)) as gateway:
+        async with tab(gateway), httpx.AsyncClient(trust_env=False) as client:
+            gateway.health.is_draining = True
+            answer = await client.get(gateway.admin_url + "/readyz")
+            assert answer.status_code == 503
+            assert [c["name"] for c in answer.json()["checks"] if not c["ok"]] == ["drain"]
+            answer = await client.post(gateway.url + "/v1/tickets", headers=bearer())
+            assert answer.status_code == 503
+            assert int(answer.headers["Retry-After"]) > 0
+
+
+async def test_part_that_fails_ends_the_gateway(redis_url: str, key_prefix: str) -> None:
+    async with running_gateway(gateway_settings(redis_url, key_prefix)) as gateway:
+
+        async def fail() -> None:
+            raise RuntimeError("defect")
+
+        gateway._run_in_background(fail(), "part")
+        with pytest.raises(RuntimeError, match="defect"):
+            async with asyncio.timeout(5):
+                await gateway.wait()
+
+
+async def test_gateway_that_never_started_stops_cleanly(redis_url: str, key_prefix: str) -> None:
+    await Gateway(gateway_settings(redis_url, key_prefix)).stop()
