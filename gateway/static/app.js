@@ -45,6 +45,7 @@ class Page {
   /** Until the user acts in this tab, it shows what the user does in another one. */
   #isFollowing = false;
   #establishedAt = Infinity;
+  #stoppedReason = null;
   #selectedRunId = null;
   #store = new ArchivingStore();
   /** Messages that no event confirms yet: {id, threadId, content, agent, state, error} */
@@ -113,7 +114,10 @@ class Page {
     // From the start of what is kept: the list of conversations survives a reload.
     const client = new RelayClient({ url: new URL(".", document.baseURI), token, clientId, since: "0", store: this.#store });
     this.client = client;
-    client.addEventListener("state", ({ detail }) => this.connection.update(detail));
+    client.addEventListener("state", ({ detail }) => {
+      this.#stoppedReason = detail.state === "stopped" ? detail.reason : null;
+      this.connection.update(detail);
+    });
     client.addEventListener("established", () => this.#established());
     client.addEventListener("event", ({ detail }) => this.#received(detail));
     client.addEventListener("reset", () => this.#schedule());
@@ -168,9 +172,8 @@ class Page {
 
   #askForToken() {
     const gate = byId("gate");
-    const isStopped = this.client?.state === "stopped";
     drawGate(gate, {
-      reason: isStopped ? byId("banner").querySelector("p")?.lastChild?.textContent : null,
+      reason: this.#stoppedReason,
       readToken: session.readPastedToken,
       onToken: (token) => {
         gate.close();
