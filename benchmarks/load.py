@@ -77,9 +77,7 @@ class LoadClient:
         connections = self._files.with_suffix(".connections")
         connections.write_text("".join(target.line() for target in targets))
         command = [sys.executable, "-m", "benchmarks.load_client"] if program is None else [program]
-        self.process = Process(
-            "load generator", [*map(str, command), str(connections)], pipes=True
-        )
+        self.process = Process("load generator", [*map(str, command), str(connections)], pipes=True)
 
     def connect(self, *, is_relay: bool, concurrency: int = 64) -> float:
         """Open all connections; give how long that took in seconds.
@@ -94,7 +92,9 @@ class LoadClient:
         path.write_text("".join(feeds))
         self.process.ask(f"redis {server.port} {path}")
 
-    def flow(self, duration_s: float, *, window: int, burst: int = 1, batched: bool = False) -> Count:
+    def flow(
+        self, duration_s: float, *, window: int, burst: int = 1, batched: bool = False
+    ) -> Count:
         """Publish as fast as events arrive, with at most ``window`` bursts unanswered."""
         return self._count(f"flow {duration_s * 1000:.0f} {window} {burst} {int(batched)}")
 

@@ -129,9 +129,7 @@ class Process:
             self.popen.stdin.write(line.encode() + b"\n")
             self.popen.stdin.flush()
         except BrokenPipeError:
-            raise BenchmarkFailed(
-                f"{self.name} has ended:\n{self.log_text()[-2000:]}"
-            ) from None
+            raise BenchmarkFailed(f"{self.name} has ended:\n{self.log_text()[-2000:]}") from None
 
     def answer(self) -> dict[str, float]:
         """Read one JSON line from its stdout."""
