@@ -213,6 +213,7 @@ class Dispatcher:
 
     async def _claim(self, at_work: _RunAtWork) -> Claim | NotClaimed:
         task = at_work.task
+        definition = self._definitions[task.agent]
         try:
             return await self._registry.claim(
                 task.user_id,
@@ -220,6 +221,8 @@ class Dispatcher:
                 self._worker_id,
                 self._limits.lease_ms,
                 fence=at_work.fence,
+                max_attempts=definition.max_attempts,
+                stall_after_ms=round(definition.stall_after_s * 1000),
             )
         except ValueError as error:
             raise DecodingFailed(f"not a task: {error}") from error

@@ -134,8 +134,10 @@ class LeaseKeeper:
             self._remove(client)
 
     def _on_connect(self, connection: AbstractConnection) -> None:
-        connection.on_connect()
-        connection.send_command("INFO", "replication", check_health=False)
+        connection.on_connect()  # type: ignore[no-untyped-call]
+        connection.send_command(  # type: ignore[no-untyped-call]
+            "INFO", "replication", check_health=False
+        )
         match = re.search(rb"master_replid:([0-9a-f]+)", connection.read_response())
         self._instance = match[1].decode() if match else "unknown"
 
@@ -163,13 +165,15 @@ class LeaseKeeper:
     def _send(self, client: redis.Redis, leases: list[Lease]) -> list[Any]:
         with client.pipeline(transaction=False) as pipe:
             for lease in leases:
-                pipe.execute_command("EVALSHA", self._script.sha, *self._arguments(lease))
+                pipe.execute_command(  # type: ignore[no-untyped-call]
+                    "EVALSHA", self._script.sha, *self._arguments(lease)
+                )
             return pipe.execute(raise_on_error=False)
 
     def _arguments(self, lease: Lease) -> tuple[str | int, ...]:
         user = lease.user
-        keys = (user.channel, user.log, user.texts, user.live, user.runs, user.threads)
-        keys = (*keys, user.run(lease.run_id))
+        channel = (user.channel, user.log, user.texts, user.live, user.runs, user.threads)
+        keys = (*channel, user.run(lease.run_id))
         shared = (self._instance, secrets.token_hex(6), *self._bounds)
         return (len(keys), *keys, *shared, lease.run_id, lease.fence, self._lease_ms)
 
