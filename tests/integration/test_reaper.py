@@ -1,0 +1,275 @@
+"""The reaper on a real Redis: what becomes of runs whose worker, task or user is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import orjson
+import pytest_asyncio
+
+from relay.codec import Task
+from relay.events import EventType, format_timestamp
+from relay.inputs import InputAnswer
+from relay.keys import Keys
+from relay.lifecycle import (
+    Dispatch,
+    ExpireInput,
+    FinishCancel,
+    Forget,
+    LookAgain,
+    LoseRun,
+    ReportStall,
+    RetryAttempt,
+)
+from relay.publisher import Publisher, RunStream
+from relay.reaper import Reaper
+from relay.run_model import AgentInfo, Claim, NotClaimed, RunLimits, SubmitRequest
+from relay.runs import RunRegistry
+from relay.scripts import RedisLink
+from relay.tasks import GROUP, dispatch
+
+LEASE_MS = 150
+GRACE_MS = 100
+USER = "alice"
+
+
+@dataclass
+class Parts:
+    link: RedisLink
+    keys: Keys
+    registry: RunRegistry
+    reaper: Reaper
+
+    async def submit(self, thread_id: str = "t1") -> str:
+        message_id = secrets.token_hex(4)
+        request = SubmitRequest(USER, thread_id, "a", "hello", message_id)
+        return (await self.registry.submit(request)).run_id
+
+    async def claim(self, run_id: str, lease_ms: int = LEASE_MS, **options: int) -> Claim:
+        claim = await self.registry.claim(USER, run_id, "worker-1", lease_ms, **options)
+        assert isinstance(claim, Claim)
+        return claim
+
+    async def events(self) -> list[tuple[str, dict[str, object]]]:
+        entries = await self.link.client.xrange(self.keys.user(USER).log)
+        decoded = [orjson.loads(fields[b"e"]) for _, fields in entries]
+        return [(event["type"], event["data"]) for event in decoded]
+
+    async def tasks(self) -> int:
+        return int(await self.link.client.xlen(self.keys.tasks("a")))
+
+
+@pytest_asyncio.fixture
+async def parts(redis_url: str, key_prefix: str) -> AsyncIterator[Parts]:
+    link, keys = RedisLink(redis_url), Keys(key_prefix)
+    limits = RunLimits(dispatch_check_ms=LEASE_MS, cancel_grace_ms=GRACE_MS)
+    registry = RunRegistry(link, keys, limits)
+    await registry.register_agents([AgentInfo("a")])
+    await link.client.xgroup_create(keys.tasks("a"), GROUP, "0", mkstream=True)
+    yield Parts(
+        link, keys, registry, Reaper(link, keys, lease_ms=LEASE_MS, cancel_grace_ms=GRACE_MS)
+    )
+    await link.aclose()
+
+
+async def expire_lease(parts: Parts, run_id: str) -> None:
+    """Make the lease old instead of waiting for it."""
+    await parts.link.client.hset(parts.keys.user(USER).run(run_id), "lease_until_ms", 1)
+
+
+async def started(parts: Parts, publisher: Publisher, claim: Claim) -> RunStream:
+    stream = publisher.open(claim)
+    await stream.publish(EventType.AGENT_STARTED, {})
+    return stream
+
+
+async def test_a_lost_run_gets_one_terminal_event_and_its_tools_are_closed(parts: Parts) -> None:
+    run_id = await parts.submit()
+    async with Publisher(parts.link, parts.keys) as publisher:
+        stream = await started(parts, publisher, await parts.claim(run_id))
+        await stream.publish(
+            EventType.TOOL_EXECUTING, {"tool_call_id": "c1", "tool_name": "s", "parameters": {}}
+        )
+        await stream.flush()
+    await expire_lease(parts, run_id)
+    assert await parts.reaper.look_at(USER, run_id) == LoseRun()
+    assert await parts.reaper.look_at(USER, run_id) == Forget()
+    events = await parts.events()
+    assert [name for name, _ in events][-2:] == ["tool_completed", "agent_error"]
+    assert events[-1][1]["code"] == "worker_lost"
+    assert events[-1][1]["is_recoverable"] is True
+    detail = await parts.registry.get(USER, run_id)
+    assert detail is not None
+    assert detail.summary.status == "error"
+    assert await parts.link.client.xlen(parts.keys.dead_letters) == 1
+
+
+async def test_a_lost_attempt_is_tried_again_where_the_agent_allows_it(parts: Parts) -> None:
+    run_id = await parts.submit()
+    async with Publisher(parts.link, parts.keys) as publisher:
+        zombie = await started(parts, publisher, await parts.claim(run_id, max_attempts=2))
+        await zombie.flush()
+        await expire_lease(parts, run_id)
+        assert isinstance(await parts.reaper.look_at(USER, run_id), RetryAttempt)
+        too_early = await parts.registry.claim(USER, run_id, "worker-2", LEASE_MS)
+        assert too_early == NotClaimed("waiting")
+        await parts.link.client.hset(parts.keys.user(USER).run(run_id), "retry_at_ms", 1)
+        second = await parts.registry.claim(USER, run_id, "worker-2", LEASE_MS)
+        assert isinstance(second, Claim)
+        assert second.envelope.attempt == 2
+        refusals: list[BaseException] = []
+        await zombie.publish(EventType.AGENT_THINKING, {"thought": "from the grave"})
+        try:
+            await zombie.flush()
+        except Exception as refused:  # noqa: BLE001 -- the type is asserted below
+            refusals.append(refused)
+        assert [type(refused).__name__ for refused in refusals] == ["StaleFence"]
+    names = [name for name, _ in await parts.events()]
+    assert names == ["agent_queued", "agent_started", "agent_retrying"]
+
+
+async def test_a_renewed_lease_is_left_alone(parts: Parts) -> None:
+    run_id = await parts.submit()
+    claim = await parts.claim(run_id)
+    await expire_lease(parts, run_id)
+    [renewed] = await parts.registry.renew(parts.link, [claim], 60_000)
+    assert renewed.is_held
+    assert isinstance(await parts.reaper.look_at(USER, run_id), LookAgain)
+
+
+async def test_a_superseded_lease_cannot_be_renewed(parts: Parts) -> None:
+    run_id = await parts.submit()
+    claim = await parts.claim(run_id, max_attempts=2)
+    await expire_lease(parts, run_id)
+    await parts.reaper.look_at(USER, run_id)
+    [renewed] = await parts.registry.renew(parts.link, [claim], 60_000)
+    assert (renewed.is_held, renewed.reason) == (False, "stale")
+
+
+async def test_a_run_that_ignores_its_cancellation_is_ended_after_the_grace_time(
+    parts: Parts,
+) -> None:
+    run_id = await parts.submit()
+    claim = await parts.claim(run_id, 60_000)
+    assert (await parts.registry.cancel(USER, run_id)).status == "cancel_requested"
+    assert isinstance(await parts.reaper.look_at(USER, run_id), LookAgain)
+    await parts.link.client.hset(parts.keys.user(USER).run(run_id), "cancel_ms", 1)
+    assert await parts.reaper.look_at(USER, run_id) == FinishCancel()
+    names = [name for name, _ in await parts.events()]
+    assert names == ["agent_queued", "cancel_requested", "agent_cancelled"]
+    [renewed] = await parts.registry.renew(parts.link, [claim], 60_000)
+    assert renewed.reason == "ended"
+
+
+async def test_silence_is_told_once_until_there_is_progress_again(parts: Parts) -> None:
+    run_id = await parts.submit()
+    async with Publisher(parts.link, parts.keys) as publisher:
+        claim = await parts.claim(run_id, 60_000, stall_after_ms=1)
+        stream = await started(parts, publisher, claim)
+        await stream.flush()
+        await asyncio.sleep(0.01)
+        assert isinstance(await parts.reaper.look_at(USER, run_id), ReportStall)
+        assert isinstance(await parts.reaper.look_at(USER, run_id), LookAgain)
+        await stream.delta("progress")
+        await stream.flush()
+        await asyncio.sleep(0.01)
+        assert isinstance(await parts.reaper.look_at(USER, run_id), ReportStall)
+        await stream.finish(EventType.AGENT_COMPLETED, {"result": "ok", "duration_ms": 1})
+    stalls = [data for name, data in await parts.events() if name == "agent_stalled"]
+    assert [stall["last_event"] for stall in stalls] == ["agent_started", "agent_stalled"]
+
+
+async def test_an_input_request_expires_and_an_answer_after_that_is_refused(parts: Parts) -> None:
+    run_id = await parts.submit()
+    async with Publisher(parts.link, parts.keys) as publisher:
+        stream = await started(parts, publisher, await parts.claim(run_id, 60_000))
+        asked = {"request_id": "r1", "prompt": "Send?", "kind": "approval"}
+        await stream.publish(
+            EventType.INPUT_REQUESTED, {**asked, "expires_at": format_timestamp(1_000)}
+        )
+        await stream.flush()
+        assert await parts.reaper.look_at(USER, run_id) == ExpireInput("r1")
+        name, data = (await parts.events())[-1]
+        assert (name, data["outcome"]) == ("input_resolved", "expired")
+        try:
+            await parts.registry.answer_input(USER, run_id, "r1", InputAnswer(value=True))
+            code = "accepted"
+        except Exception as refused:  # noqa: BLE001 -- asserted below
+            code = getattr(refused, "code", repr(refused))
+        assert code == "unknown_request"
+
+
+async def test_a_run_whose_task_is_gone_is_dispatched_again_but_not_twice(parts: Parts) -> None:
+    run_id = await parts.submit()
+    assert await parts.reaper.look_at(USER, run_id) == Dispatch()
+    assert await parts.tasks() == 1, "its task still waits in the stream"
+    await parts.link.client.xtrim(parts.keys.tasks("a"), maxlen=0)
+    assert await parts.reaper.look_at(USER, run_id) == Dispatch()
+    assert await parts.tasks() == 1
+    await parts.reaper.look_at(USER, run_id)
+    assert await parts.tasks() == 1
+
+
+async def test_the_next_run_of_a_thread_starts_although_nobody_dispatched_it(parts: Parts) -> None:
+    first, second = await parts.submit(), await parts.submit()
+    assert isinstance(await parts.reaper.look_at(USER, second), LookAgain)
+    await parts.registry.cancel(USER, first)
+    await parts.link.client.xtrim(parts.keys.tasks("a"), maxlen=0)
+    assert await parts.reaper.look_at(USER, second) == Dispatch()
+    assert await parts.tasks() == 1
+
+
+async def test_of_many_reapers_one_ends_the_run(parts: Parts) -> None:
+    run_id = await parts.submit()
+    await parts.claim(run_id)
+    await expire_lease(parts, run_id)
+    reapers = [
+        Reaper(parts.link, parts.keys, lease_ms=LEASE_MS, cancel_grace_ms=GRACE_MS)
+        for _ in range(8)
+    ]
+    await asyncio.gather(*(reaper.look_at(USER, run_id) for reaper in reapers))
+    names = [name for name, _ in await parts.events()]
+    assert names.count("agent_error") == 1
+    assert await parts.link.client.xlen(parts.keys.dead_letters) == 1
+
+
+async def test_a_running_reaper_finds_what_is_due_after_a_lease_of_contact(parts: Parts) -> None:
+    run_id = await parts.submit()
+    await parts.claim(run_id)
+    async with asyncio.timeout(10), parts.reaper:
+        while True:
+            detail = await parts.registry.get(USER, run_id)
+            assert detail is not None
+            if detail.summary.status == "error":
+                break
+            await asyncio.sleep(0.05)
+
+
+async def test_tasks_of_a_dead_worker_are_given_back(parts: Parts) -> None:
+    run_id = await parts.submit()
+    stream = parts.keys.tasks("a")
+    taken = await parts.link.client.xreadgroup(GROUP, "dead-worker", {stream: ">"})
+    assert len(taken) == 1
+    await asyncio.sleep(LEASE_MS / 1000 + 0.05)
+    async with asyncio.timeout(20), parts.reaper:
+        while True:
+            consumers = await parts.link.client.xinfo_consumers(stream, GROUP)
+            if not consumers:
+                break
+            await asyncio.sleep(0.05)
+    assert await parts.tasks() == 1
+    assert isinstance(await parts.registry.claim(USER, run_id, "w2", LEASE_MS), Claim)
+
+
+async def test_an_undecodable_task_of_a_dead_worker_becomes_a_dead_letter(parts: Parts) -> None:
+    stream = parts.keys.tasks("a")
+    await parts.link.client.xadd(stream, {"task": b"\xc1 not msgpack"})
+    await parts.link.client.xreadgroup(GROUP, "dead-worker", {stream: ">"})
+    await asyncio.sleep(LEASE_MS / 1000 + 0.05)
+    async with asyncio.timeout(20), parts.reaper:
+        while not await parts.link.client.xlen(parts.keys.dead_letters):
+            await asyncio.sleep(0.05)
+    await dispatch(parts.link, parts.keys, Task(USER, "run_x", "a"))
