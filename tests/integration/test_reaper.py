@@ -260,8 +260,10 @@ async def test_tasks_of_a_dead_worker_are_given_back(parts: Parts) -> None:
             if not consumers:
                 break
             await asyncio.sleep(0.05)
-    assert await parts.tasks() == 1
+    # The run's own deadline may have dispatched it as well; the claim lets one worker win.
+    assert await parts.tasks() in (1, 2)
     assert isinstance(await parts.registry.claim(USER, run_id, "w2", LEASE_MS), Claim)
+    assert isinstance(await parts.registry.claim(USER, run_id, "w3", LEASE_MS), NotClaimed)
 
 
 async def test_an_undecodable_task_of_a_dead_worker_becomes_a_dead_letter(parts: Parts) -> None:
