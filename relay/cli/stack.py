@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, build_opener
 
@@ -98,12 +97,11 @@ class Stack:
         await self._wait_until_ready()
 
     async def _wait_until_ready(self) -> None:
-        ready = asyncio.gather(*map(_until_ready, self._plan.ports), self._worker_started())
-        broken = asyncio.ensure_future(self.wait_until_broken())
-        watched: set[asyncio.Future[Any]] = {ready, broken}
+        ready = asyncio.create_task(self._all_ready())
+        broken = asyncio.create_task(self.wait_until_broken())
         try:
             await asyncio.wait(
-                watched, timeout=READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+                {ready, broken}, timeout=READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
             )
             if broken.done():
                 raise StackFailed(broken.result())
@@ -114,10 +112,14 @@ class Stack:
         finally:
             broken.cancel()
             ready.cancel()
+            await asyncio.wait({ready, broken})
 
-    async def _worker_started(self) -> None:
-        if self._worker is not None:
-            await self._worker.wait_until_said("worker_started")
+    async def _all_ready(self) -> None:
+        async with asyncio.TaskGroup() as waiting:
+            for port in self._plan.ports:
+                waiting.create_task(_until_ready(port))
+            if self._worker is not None:
+                waiting.create_task(self._worker.wait_until_said("worker_started"))
 
     async def wait_until_broken(self) -> str:
         """Return when a part has ended by itself; say which one and its last words."""

@@ -55,10 +55,11 @@ class RelayUp:
 
     def __exit__(self, *_: object) -> None:
         self.see_parts()
-        for process in [*self.parts, psutil.Process(self.process.pid)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        self.process.kill()
         self.process.wait()
+        for part in self.parts:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                part.kill()
         psutil.wait_procs(self.parts, timeout=END_DEADLINE_S)
 
     @property
@@ -68,13 +69,17 @@ class RelayUp:
 
     def wait_until_ready(self) -> Self:
         """Wait for the summary; fail with the output if it does not come."""
+        self.wait_until_printed("Ctrl-C stops everything")
+        self.see_parts()
+        return self
+
+    def wait_until_printed(self, words: str) -> None:
+        """Wait until its output contains ``words``."""
         deadline = time.monotonic() + READY_DEADLINE_S
-        while "Ctrl-C stops everything" not in self.output:
+        while words not in self.output:
             assert self.process.poll() is None, self.output
             assert time.monotonic() < deadline, self.output
             time.sleep(0.02)
-        self.see_parts()
-        return self
 
     def wait_until_ended(self) -> int:
         """Wait for its end; give the exit code."""
