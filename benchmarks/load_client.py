@@ -235,14 +235,16 @@ class Generator:
         return {"connected": self.opened, "elapsed_s": time.monotonic() - since_s}
 
     async def redis(self, port: int, path: str) -> dict[str, float]:
-        for user, line in enumerate(Path(path).read_text().splitlines()):
+        lines = await asyncio.to_thread(Path(path).read_text)
+        for user, line in enumerate(lines.splitlines()):
             kind, live, *rest = (part.encode() for part in line.split("\t"))
             if kind == b"relay":
                 hash_key, epoch, offset, seq, run, prefix, suffix = rest
                 numbers = (int(offset), int(seq))
                 feed = Feed(user, True, live, prefix, suffix, hash_key, epoch, run, *numbers)
             else:
-                feed = Feed(user, False, live, *rest)
+                prefix, suffix = rest
+                feed = Feed(user, False, live, prefix, suffix)
             feed.connections = sum(client.user == user for client in self.clients)
             self._feeds.append(feed)
         loop = asyncio.get_running_loop()

@@ -1,0 +1,50 @@
+"""Where a saturated gateway spends its time: a flame graph, and the functions that cost most."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks.figures import Section, Table
+from benchmarks.flame import draw, own_shares, read_stacks
+from benchmarks.load import open_channels, relay_feeds, relay_target
+from benchmarks.stage import Plan, Stage
+
+NAME = "profile"
+USERS = 500
+SHOWN = 25
+
+_METHOD = """\
+The saturated gateway of the throughput measurement, {mode}, sampled after each millisecond of its
+processor time (`benchmarks/profiled.py`). A function's share is the time in itself; C functions that
+it calls, and the kernel, count as its own. Sampling costs a little; compare shares, not times."""
+
+_MODES = {"one-at-a-time": (1, False), "batches": (5, True)}
+
+
+def measure(plan: Plan) -> Section:
+    folder = plan.profile_folder
+    assert folder is not None, "profiles need a folder"
+    section = Section(NAME, "Profile of a saturated gateway", "")
+    for mode, (burst, batched) in _MODES.items():
+        plan.say(f"profile, {mode}")
+        stacks_path = folder / f"gateway-{mode}.stacks"
+        with Stage(plan) as stage:
+            server = stage.redis()
+            open_channels(server, USERS)
+            command = [sys.executable, "-m", "benchmarks.profiled", str(stacks_path)]
+            gateway = stage.gateway(server, command)
+            load = stage.load([relay_target(user, gateway.port) for user in range(USERS)])
+            load.connect(is_relay=True)
+            load.use_redis(server, relay_feeds(server, USERS))
+            load.flow(plan.size(10.0, 2.0), window=USERS, burst=burst, batched=batched)
+            load.stop()
+            gateway.stop()
+        stacks = read_stacks(stacks_path)
+        graph = stacks_path.with_suffix(".svg")
+        graph.write_text(draw(stacks, f"gateway, {mode}"))
+        table = Table([f"{mode}: function", "own share"])
+        table.rows = [[name, f"{share:.1%}"] for name, share in own_shares(stacks)[:SHOWN]]
+        section.tables.append(table)
+        section.notes.append(f"Flame graph: {graph}")
+    section.method = _METHOD.format(mode="by mode of publishing")
+    return section
