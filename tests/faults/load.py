@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+from agent_worker.patience import until_redis_answers
 from relay.errors import PublishRefused
 from relay.events import EventType
 from relay.keys import Keys
@@ -29,7 +30,8 @@ class LoadRun:
 
     Attributes:
         events: Type and data of each lifecycle event, in ``seq`` order; the first is seq 1.
-        texts: All text of each message, in order.
+        texts: All text of each message of the current attempt, in order.
+        is_lost: Redis has lost the run with all that was published in it.
     """
 
     def __init__(self, load: Load, claim: Claim, content: str) -> None:
@@ -38,6 +40,8 @@ class LoadRun:
         self.events: list[tuple[str, dict[str, Any]]] = [("agent_queued", {"content": content})]
         self.texts: list[str] = []
         self.has_ended = False
+        self.is_lost = False
+        self.attempt = claim.envelope.attempt
         self.stream = load.publisher.open(claim)
         self._load = load
         self._is_in_message = False
@@ -82,6 +86,18 @@ class LoadRun:
         self.events.append(("agent_completed", data))
         self.has_ended = True
         self.stream.close()
+
+    async def retry(self) -> None:
+        """End the attempt and begin the next one, as after a failure that may be repeated."""
+        data = {"attempt": self.attempt + 1, "reason": "rate_limited", "delay_ms": 0}
+        await self.publish(EventType.AGENT_RETRYING, data)
+        await self.settle()
+        self.stream.close()
+        claim = await self._load.claim(self.user_id, self.run_id)
+        self.attempt = claim.envelope.attempt
+        self.stream = self._load.publisher.open(claim)
+        self.texts = []
+        await self.publish(EventType.AGENT_STARTED, {})
 
     async def settle(self) -> None:
         """Wait until Redis has everything so far."""
@@ -131,21 +147,29 @@ class Load:
         await self._link.aclose()
 
     async def register(self) -> None:
-        """Make the agent known, as a worker does when it starts."""
-        await self.registry.register_agents([AgentInfo(AGENT, policy="parallel")])
+        """Make the agent known, as a worker does when it starts and when Redis was emptied."""
+        agents = [AgentInfo(AGENT, policy="parallel")]
+        await until_redis_answers(lambda: self.registry.register_agents(agents), "register")
 
     async def open(self, user_id: str, content: str = "go") -> LoadRun:
         """Submit a run and start its first attempt."""
-        message_id = secrets.token_hex(8)
-        submitted = await self.registry.submit(
-            SubmitRequest(user_id, "t1", AGENT, content, message_id)
-        )
-        claim = await self.registry.claim(user_id, submitted.run_id, "load-worker", LEASE_MS)
-        assert isinstance(claim, Claim), claim
+        request = SubmitRequest(user_id, "t1", AGENT, content, secrets.token_hex(8))
+        submitted = await until_redis_answers(lambda: self.registry.submit(request), "submit")
+        claim = await self.claim(user_id, submitted.run_id)
         run = LoadRun(self, claim, content)
         self.runs.append(run)
         await run.publish(EventType.AGENT_STARTED, {})
         return run
+
+    async def claim(self, user_id: str, run_id: str) -> Claim:
+        """Take a run for an attempt."""
+        fence = secrets.token_hex(8)
+        claim = await until_redis_answers(
+            lambda: self.registry.claim(user_id, run_id, "load-worker", LEASE_MS, fence=fence),
+            "claim",
+        )
+        assert isinstance(claim, Claim), claim
+        return claim
 
     async def settle(self) -> None:
         """Wait until Redis has everything that was published in runs that still go on."""

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
 
 import orjson
@@ -91,6 +92,7 @@ class FleetClient:
         name: For reports; the ``client_id`` too.
         frames: Every frame received, with the time of its arrival, over all connections.
         events: Every event received, in order, parts joined, with a ``reset`` frame where one came.
+        arrived_at_s: When each of ``events`` came, as a time of day.
         outages: Lost connections.
         holes: What the client itself believes to have missed.
     """
@@ -104,6 +106,7 @@ class FleetClient:
         self.since = since
         self.frames: list[tuple[float, Frame]] = []
         self.events: list[Frame] = []
+        self.arrived_at_s: list[float] = []
         self.outages: list[Outage] = []
         self.holes: list[SequenceHole] = []
         self.nodes: list[str] = []
@@ -193,6 +196,16 @@ class FleetClient:
         """Whether a terminal event of the run has come."""
         return any(event["type"] in TERMINAL and event["run_id"] == run_id for event in self.events)
 
+    def delay_s(self, index: int, *, since: int | None = None) -> float:
+        """Give how long after it was sent an event arrived.
+
+        Args:
+            index: Which of ``events``.
+            since: Count from when this one was sent instead.
+        """
+        sent = self.events[index if since is None else since]["timestamp"]
+        return self.arrived_at_s[index] - datetime.fromisoformat(sent).timestamp()
+
     async def until(self, what: Callable[[FleetClient], bool], deadline_s: float = 20.0) -> float:
         """Wait until something is true of what has come; gives the seconds that it took."""
         began_s = time.monotonic()
@@ -217,6 +230,8 @@ class FleetClient:
             self.events += [dict(item.raw) for item in updates if isinstance(item, Event)]
         elif frame["type"] == "reset" or "offset" in frame:
             self.events.append(frame)
+        while len(self.arrived_at_s) < len(self.events):
+            self.arrived_at_s.append(time.time())
         self.holes += [item for item in updates if isinstance(item, SequenceHole)]
         if frame["type"] == "connection_established":
             self.nodes.append(frame["node"])

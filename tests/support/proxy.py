@@ -48,6 +48,13 @@ def reply_end(data: bytes | bytearray, start: int = 0) -> int | None:
     return position
 
 
+def payload_of(message: bytes) -> bytes:
+    """Give the payload of a pub/sub message, its third element."""
+    # *3, $7, message, then length and name of the channel, then length and bytes of the payload.
+    parts = message.split(b"\r\n", 6)
+    return parts[6][:-2]
+
+
 @dataclass(eq=False)
 class Link:
     """One proxied connection."""
@@ -152,6 +159,10 @@ class TcpProxy:
             return len(chosen)
 
         return self._do(act)
+
+    def retarget(self, port: int) -> None:
+        """Pass new connections on to another port, as a failover does."""
+        self._set("_target", port)
 
     def delay(self, seconds: float) -> None:
         """Hold every piece of data back for so long, both ways."""
@@ -296,11 +307,15 @@ class TcpProxy:
 
 
 class RedisProxy(TcpProxy):
-    """Stands between a process and Redis, and understands as much RESP2 as it needs."""
+    """Stands between a process and Redis, and understands as much RESP2 as it needs.
+
+    Attributes:
+        swallowed: The payloads of the live messages that were lost.
+    """
 
     def __init__(self, port: int, *, seed: int = 0) -> None:
         super().__init__(port)
-        self.swallowed = 0
+        self.swallowed: list[bytes] = []
         self._share = 0.0
         self._random = random.Random(seed)
         self._replies_to_lose = 0
@@ -349,7 +364,7 @@ class RedisProxy(TcpProxy):
         while (end := reply_end(pending, start)) is not None:
             reply = bytes(pending[start:end])
             if self._is_swallowed(reply):
-                self.swallowed += 1
+                self.swallowed.append(payload_of(reply))
             else:
                 kept.append(reply)
             start = end
