@@ -1,40 +1,30 @@
 /** The page: puts the client and the views together. */
 
+import { ArchivingStore } from "./archive.js";
 import { Composer } from "./composer.js";
 import { ConnectionView, drawGate } from "./connection.js";
 import { ConversationView } from "./conversation.js";
 import { titleOf } from "./describe.js";
-import { element, icon, setText } from "./dom.js";
-import { isEnded, randomId, RelayClient, RunStore } from "./relay-client.js";
+import { icon, setText } from "./dom.js";
+import { drawEmpty } from "./empty.js";
+import { isEnded, randomId, RelayClient } from "./relay-client.js";
 import * as session from "./session.js";
+import { listenToTheme } from "./theme-toggle.js";
 import { ThreadsView } from "./threads.js";
 import { TimelineView } from "./timeline.js";
+import { toast } from "./toasts.js";
 
 const TICK_MS = 100;
 const PIN_PX = 32;
 const MAX_EVENTS = 5_000;
-const TOAST_MS = 8_000;
 /** After connecting, history streams in for a moment; only then is it known which thread is the newest. */
 const REPLAY_MS = 1_500;
-const RECENT_MS = 30 * 60_000;
+/** What ended longer ago is history: a new page begins with a new conversation. */
+const RECENT_MS = 5 * 60_000;
 /** Drawing may take at most a quarter of the time, so that typing stays smooth in a token flood. */
 const REST_FACTOR = 3;
 
 const byId = (id) => document.getElementById(id);
-
-/** Keeps what the user was reading when the relay's history is cut. */
-class ArchivingStore extends RunStore {
-  archive = new Map();
-
-  reset(runs) {
-    for (const run of this.runs.values()) {
-      if (run.isOutline) continue;
-      if (!isEnded(run)) Object.assign(run, { status: "lost", version: run.version + 1 });
-      this.archive.set(run.runId, run);
-    }
-    super.reset(runs);
-  }
-}
 
 class Page {
   /** Every lifecycle event received, for diagnosis: the last 5,000. */
@@ -72,8 +62,17 @@ class Page {
     this.timeline = new TimelineView(byId("run-panel"), actions);
     this.threads = new ThreadsView(byId("threads"), (threadId) => this.#open(threadId));
     this.connection = new ConnectionView(
-      { root: byId("connection"), text: byId("connection-text"), details: byId("connection-details"), banner: byId("banner") },
-      { retryNow: () => this.client.retryNow(), askForToken: () => this.#askForToken(), facts: () => this.#facts() },
+      {
+        root: byId("connection"),
+        text: byId("connection-text"),
+        details: byId("connection-details"),
+        banner: byId("banner"),
+      },
+      {
+        retryNow: () => this.client.retryNow(),
+        askForToken: () => this.#askForToken(),
+        facts: () => this.#facts(),
+      },
     );
     this.composer = new Composer(
       {
@@ -112,7 +111,13 @@ class Page {
 
   #connect(token, clientId) {
     // From the start of what is kept: the list of conversations survives a reload.
-    const client = new RelayClient({ url: new URL(".", document.baseURI), token, clientId, since: "0", store: this.#store });
+    const client = new RelayClient({
+      url: new URL(".", document.baseURI),
+      token,
+      clientId,
+      since: "0",
+      store: this.#store,
+    });
     this.client = client;
     client.addEventListener("state", ({ detail }) => {
       this.#stoppedReason = detail.state === "stopped" ? detail.reason : null;
@@ -122,14 +127,17 @@ class Page {
     client.addEventListener("event", ({ detail }) => this.#received(detail));
     client.addEventListener("reset", () => this.#schedule());
     client.addEventListener("notice", ({ detail }) => {
-      this.#toast(detail.data.title ?? "Notice", detail.data.body, detail.data.severity);
+      toast(detail.data.title ?? "Notice", detail.data.body, detail.data.severity);
     });
-    client.addEventListener("refused", ({ detail }) => this.#toast(detail.message, detail.recoverySuggestions.join(" "), "error"));
+    client.addEventListener("refused", ({ detail }) =>
+      toast(detail.message, detail.recoverySuggestions.join(" "), "error"),
+    );
     client.addEventListener("gap", ({ detail }) => {
-      if (detail.isFilled === false) this.#toast("A part of a run’s history is missing.", "The relay no longer has it.", "warning");
+      if (detail.isFilled === false)
+        toast("A part of a run’s history is missing.", "The relay no longer has it.", "warning");
     });
     client.addEventListener("token_expiring", () => {
-      this.#toast("Your link is about to expire.", "Make a new one to stay connected.", "warning", {
+      toast("Your link is about to expire.", "Make a new one to stay connected.", "warning", {
         label: "Use a new link",
         act: () => this.#askForToken(),
       });
@@ -143,8 +151,9 @@ class Page {
     this.composer.setAgents(client.agents);
     this.composer.setLimit(client.limits?.max_content_chars ?? null);
     setText(byId("user"), client.userId);
-    this.#drawEmpty();
-    for (const message of this.#outgoing) if (message.state === "waiting") message.state = "sending";
+    drawEmpty(byId("empty"), client.agents, (name) => this.composer.choose(name));
+    for (const message of this.#outgoing)
+      if (message.state === "waiting") message.state = "sending";
     this.#schedule();
   }
 
@@ -194,7 +203,7 @@ class Page {
     } else if (client.state === "live" || client.state === "degraded") {
       try {
         await client.refreshToken(token);
-        this.#toast("The new link is in use.", "", "info");
+        toast("The new link is in use.", "", "info");
       } catch (error) {
         this.#reportRefusal(error);
       }
@@ -207,7 +216,14 @@ class Page {
 
   #send(content, agent) {
     this.#touch();
-    const message = { id: randomId("m_"), threadId: this.#threadId, content, agent, state: "sending", error: null };
+    const message = {
+      id: randomId("m_"),
+      threadId: this.#threadId,
+      content,
+      agent,
+      state: "sending",
+      error: null,
+    };
     this.#outgoing.push(message);
     this.#selectedRunId = null;
     this.#isPinned = true;
@@ -265,12 +281,14 @@ class Page {
   }
 
   #answer(runId, requestId, { value, isDenied }) {
-    return isDenied ? this.client.denyInput(runId, requestId) : this.client.answerInput(runId, requestId, value);
+    return isDenied
+      ? this.client.denyInput(runId, requestId)
+      : this.client.answerInput(runId, requestId, value);
   }
 
   #reportRefusal(error) {
     if (error.name !== "RelayError") throw error;
-    this.#toast(error.message, error.recoverySuggestions.join(" "), "error");
+    toast(error.message, error.recoverySuggestions.join(" "), "error");
   }
 
   /* -- threads -- */
@@ -376,29 +394,6 @@ class Page {
     document.title = state === "idle" ? heading : `● ${heading}`;
   }
 
-  #drawEmpty() {
-    const { agents } = this.client;
-    const cards = agents.map(({ name, description }) =>
-      element(
-        "button",
-        { type: "button", class: "agent-card", onclick: () => this.composer.choose(name) },
-        element("span", { class: "agent-card-name" }, name),
-        element("span", { class: "agent-card-words" }, description ?? ""),
-      ),
-    );
-    const none = element(
-      "p",
-      { class: "empty-words" },
-      "No worker has announced an agent yet. Start one, then reload: ",
-      element("code", {}, "relay worker examples.docs_agent:worker"),
-    );
-    byId("empty").replaceChildren(
-      element("h2", {}, "Ask, and watch it work."),
-      element("p", { class: "empty-words" }, "Every step an agent takes shows up as it happens, here and in every other tab of yours."),
-      agents.length > 0 ? element("div", { class: "agent-cards" }, ...cards) : none,
-    );
-  }
-
   #tick() {
     this.connection.tick();
     const { state } = this.#stoppable();
@@ -415,21 +410,6 @@ class Page {
     byId("jump").hidden = this.#isPinned || this.conversation.isEmpty;
   }
 
-  #toast(title, body, severity = "info", action = null) {
-    const close = () => node.remove();
-    const node = element(
-      "div",
-      { class: "toast", "data-severity": severity },
-      element("div", {}, element("strong", {}, title), body ? element("p", {}, body) : null),
-      action
-        ? element("button", { type: "button", class: "button secondary", onclick: () => [close(), action.act()] }, action.label)
-        : null,
-      element("button", { type: "button", class: "quiet", "aria-label": "Dismiss", onclick: close }, icon("cross")),
-    );
-    byId("toasts").append(node);
-    if (!action) setTimeout(close, TOAST_MS);
-  }
-
   /* -- the rest of the page -- */
 
   #setSidebar(isOpen) {
@@ -441,13 +421,21 @@ class Page {
     const isAtEnd = (node) => node.scrollHeight - node.scrollTop - node.clientHeight < PIN_PX;
     const { scroller } = this;
     const { body } = this.timeline;
-    scroller.addEventListener("scroll", () => {
-      this.#isPinned = isAtEnd(scroller);
-      byId("jump").hidden = this.#isPinned || this.conversation.isEmpty;
-    }, { passive: true });
-    body.addEventListener("scroll", () => {
-      this.#isRunPinned = isAtEnd(body);
-    }, { passive: true });
+    scroller.addEventListener(
+      "scroll",
+      () => {
+        this.#isPinned = isAtEnd(scroller);
+        byId("jump").hidden = this.#isPinned || this.conversation.isEmpty;
+      },
+      { passive: true },
+    );
+    body.addEventListener(
+      "scroll",
+      () => {
+        this.#isRunPinned = isAtEnd(body);
+      },
+      { passive: true },
+    );
     // The keyboard of a phone and the drawer change the height without a scroll.
     new ResizeObserver(() => this.#keepPinned()).observe(scroller);
     byId("jump").prepend(icon("down"));
@@ -456,7 +444,9 @@ class Page {
       this.#keepPinned();
     });
     byId("new-thread").addEventListener("click", () => this.#newThread());
-    byId("menu").addEventListener("click", () => this.#setSidebar(!byId("shell").classList.contains("sidebar-open")));
+    byId("menu").addEventListener("click", () =>
+      this.#setSidebar(!byId("shell").classList.contains("sidebar-open")),
+    );
     byId("scrim").addEventListener("click", () => this.#setSidebar(false));
     document.addEventListener("keydown", (event) => this.#key(event));
     document.addEventListener("visibilitychange", () => this.#schedule());
@@ -465,9 +455,10 @@ class Page {
       this.#showThread(threadId ?? randomId("t_"));
     });
     addEventListener("hashchange", () => {
-      if (new URLSearchParams(location.hash.slice(1)).has("token")) this.#useToken(session.takeToken());
+      if (new URLSearchParams(location.hash.slice(1)).has("token"))
+        this.#useToken(session.takeToken());
     });
-    this.#listenToTheme();
+    listenToTheme(byId("theme-toggle"));
   }
 
   #key(event) {
@@ -480,21 +471,6 @@ class Page {
       event.preventDefault();
       this.composer.focus();
     }
-  }
-
-  #listenToTheme() {
-    const toggle = byId("theme-toggle");
-    const prefersDark = matchMedia("(prefers-color-scheme: dark)");
-    const isDark = () => (document.documentElement.dataset.theme ?? (prefersDark.matches ? "dark" : "light")) === "dark";
-    const label = () => toggle.setAttribute("aria-label", isDark() ? "Use the light theme" : "Use the dark theme");
-    toggle.addEventListener("click", () => {
-      const theme = isDark() ? "light" : "dark";
-      document.documentElement.dataset.theme = theme;
-      localStorage.setItem("relay.theme", theme);
-      label();
-    });
-    prefersDark.addEventListener("change", label);
-    label();
   }
 }
 
@@ -510,7 +486,9 @@ function groupByThread(runs) {
 /** Read whom a token names; the gateway verifies it, this only compares. */
 function subjectOf(token) {
   const [, payload] = token.split(".");
-  const bytes = Uint8Array.from(atob(payload.replaceAll("-", "+").replaceAll("_", "/")), (byte) => byte.charCodeAt(0));
+  const bytes = Uint8Array.from(atob(payload.replaceAll("-", "+").replaceAll("_", "/")), (byte) =>
+    byte.charCodeAt(0),
+  );
   return JSON.parse(new TextDecoder().decode(bytes)).sub;
 }
 

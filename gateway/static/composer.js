@@ -57,8 +57,12 @@ export class Composer {
   setAgents(agents) {
     const chosen = this.picker.value || localStorage.getItem(AGENT);
     this.picker.disabled = agents.length === 0;
-    const options = agents.map(({ name, description }) => element("option", { value: name, title: description }, name));
-    this.picker.replaceChildren(...(options.length > 0 ? options : [element("option", { value: "" }, "no agent yet")]));
+    const options = agents.map(({ name, description }) =>
+      element("option", { value: name, title: description }, name),
+    );
+    this.picker.replaceChildren(
+      ...(options.length > 0 ? options : [element("option", { value: "" }, "no agent yet")]),
+    );
     if (agents.some(({ name }) => name === chosen)) this.picker.value = chosen;
   }
 

@@ -71,23 +71,51 @@ export class ConnectionView {
     if (kind === "stopped") {
       this.banner.append(
         element("p", {}, element("strong", {}, "Not connected. "), reason ?? ""),
-        element("button", { type: "button", class: "button primary", onclick: this.actions.askForToken }, "Use a new link"),
+        element(
+          "button",
+          { type: "button", class: "button primary", onclick: this.actions.askForToken },
+          "Use a new link",
+        ),
       );
     } else if (kind === "degraded") {
-      this.banner.append(element("p", {}, element("strong", {}, "Answers may pause. "), reason ?? ""));
+      this.banner.append(
+        element("p", {}, element("strong", {}, "Answers may pause. "), reason ?? ""),
+      );
     } else if (kind === "reconnecting") {
       this.banner.append(
-        element("p", {}, element("strong", {}, "Trying to reconnect. "), reason ?? "", " Nothing is lost; what you send waits."),
-        element("button", { type: "button", class: "button secondary", onclick: this.actions.retryNow }, "Try now"),
+        element(
+          "p",
+          {},
+          element("strong", {}, "Trying to reconnect. "),
+          reason ?? "",
+          " Nothing is lost; what you send waits.",
+        ),
+        element(
+          "button",
+          { type: "button", class: "button secondary", onclick: this.actions.retryNow },
+          "Try now",
+        ),
       );
     }
   }
 
   #drawDetails() {
-    const facts = { ...this.actions.facts(), [`${WORDS[this.#detail.state]} for`]: formatDuration(Date.now() - this.#since) };
-    const rows = Object.entries(facts).filter(([, value]) => value !== null && value !== undefined && value !== "");
+    const facts = {
+      ...this.actions.facts(),
+      [`${WORDS[this.#detail.state]} for`]: formatDuration(Date.now() - this.#since),
+    };
+    const rows = Object.entries(facts).filter(
+      ([, value]) => value !== null && value !== undefined && value !== "",
+    );
     this.details.replaceChildren(
-      element("dl", {}, ...rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, String(value))])),
+      element(
+        "dl",
+        {},
+        ...rows.flatMap(([name, value]) => [
+          element("dt", {}, name),
+          element("dd", {}, String(value)),
+        ]),
+      ),
       this.#detail.reason ? element("p", { class: "popover-reason" }, this.#detail.reason) : "",
     );
   }
@@ -118,7 +146,11 @@ export function drawGate(dialog, { reason, readToken, onToken }) {
     element("label", { for: "token-field" }, "Or paste a link or a token"),
     field,
     problem,
-    element("button", { type: "submit", class: "button primary", "data-testid": "token-submit" }, "Connect"),
+    element(
+      "button",
+      { type: "submit", class: "button primary", "data-testid": "token-submit" },
+      "Connect",
+    ),
   );
   field.addEventListener("keydown", (event) => {
     if (event.key !== "Enter") return;
@@ -127,10 +159,22 @@ export function drawGate(dialog, { reason, readToken, onToken }) {
   });
   dialog.replaceChildren(
     element("img", { src: "static/favicon.svg", alt: "", width: 44, height: 44 }),
-    element("h2", { id: "gate-title" }, reason ? "A new link is needed" : "Open the page by its link"),
+    element(
+      "h2",
+      { id: "gate-title" },
+      reason ? "A new link is needed" : "Open the page by its link",
+    ),
     reason ? element("p", { class: "gate-reason" }, reason) : "",
-    element("p", {}, "This page knows you by a token that the link carries. Make one on the machine where the relay runs, and open the link that it prints:"),
-    element("pre", {}, element("code", {}, element("span", { class: "prompt" }, "$ "), "relay token --user alice")),
+    element(
+      "p",
+      {},
+      "This page knows you by a token that the link carries. Make one on the machine where the relay runs, and open the link that it prints:",
+    ),
+    element(
+      "pre",
+      {},
+      element("code", {}, element("span", { class: "prompt" }, "$ "), "relay token --user alice"),
+    ),
     form,
   );
 }

@@ -86,7 +86,11 @@ function userBubble(content) {
   const bubble = element("div", { class: "bubble" }, words);
   if (content.length > LONG_MESSAGE_CHARACTERS || content.split("\n").length > 14) {
     bubble.classList.add("folded");
-    const more = element("button", { type: "button", class: "quiet more", "aria-expanded": "false" }, "Show all");
+    const more = element(
+      "button",
+      { type: "button", class: "quiet more", "aria-expanded": "false" },
+      "Show all",
+    );
     more.addEventListener("click", () => {
       const isFolded = bubble.classList.toggle("folded");
       more.textContent = isFolded ? "Show all" : "Show less";
@@ -112,9 +116,21 @@ function drawOutgoing({ id, content, state, error }, actions) {
       element(
         "p",
         { class: "delivery failed", role: "alert" },
-        element("span", {}, `Not sent: ${error.message} ${error.recoverySuggestions.join(" ")}`.trim()),
-        element("button", { type: "button", class: "link", onclick: () => actions.resend(id) }, "Send again"),
-        element("button", { type: "button", class: "link", onclick: () => actions.discard(id) }, "Edit"),
+        element(
+          "span",
+          {},
+          `Not sent: ${error.message} ${error.recoverySuggestions.join(" ")}`.trim(),
+        ),
+        element(
+          "button",
+          { type: "button", class: "link", onclick: () => actions.resend(id) },
+          "Send again",
+        ),
+        element(
+          "button",
+          { type: "button", class: "link", onclick: () => actions.discard(id) },
+          "Edit",
+        ),
       ),
     );
   } else {
@@ -160,7 +176,12 @@ class RunView {
     this.attempts = element("p", { class: "attempts", hidden: true });
     this.answer = element("div", { class: "answer prose", "aria-live": "polite" });
     this.activityWords = element("span", {});
-    this.activity = element("p", { class: "activity" }, element("span", { class: "pulse", "aria-hidden": "true" }), this.activityWords);
+    this.activity = element(
+      "p",
+      { class: "activity" },
+      element("span", { class: "pulse", "aria-hidden": "true" }),
+      this.activityWords,
+    );
     this.end = element("div", { class: "ending" });
     this.agentMessage = element(
       "article",
@@ -233,13 +254,19 @@ class RunView {
     if (!isOver) setText(this.activityWords, activityOf(run));
     const retry = run.items.findLast((item) => item.type === "agent_retrying");
     this.attempts.hidden = !retry;
-    if (retry) setText(this.attempts, `Attempt ${retry.nextAttempt} · ${retry.reason ?? "The one before failed"}`);
+    if (retry)
+      setText(
+        this.attempts,
+        `Attempt ${retry.nextAttempt} · ${retry.reason ?? "The one before failed"}`,
+      );
   }
 
   /** What the agent wrote and asked, in the order in which it did. */
   #updateAnswer(run) {
     const asked = run.items.some((item) => item.type === "input_requested" && !item.isSuperseded);
-    const isStreamed = run.status !== "completed" || (run.result === textOf(run) && (asked || run.messages.length === 1));
+    const isStreamed =
+      run.status !== "completed" ||
+      (run.result === textOf(run) && (asked || run.messages.length === 1));
     const nodes = [];
     for (const item of run.items) {
       if (item.isSuperseded) continue;
@@ -265,7 +292,9 @@ class RunView {
   #card(run, item) {
     let card = this.#cards.get(item);
     if (!card) {
-      card = new InputCard(item, (answer) => this.actions.answer(run.runId, item.requestId, answer));
+      card = new InputCard(item, (answer) =>
+        this.actions.answer(run.runId, item.requestId, answer),
+      );
       this.#cards.set(item, card);
     }
     card.update(item);
@@ -276,8 +305,10 @@ class RunView {
     if (this.#result) return this.#result.root;
     this.#result = new MarkdownView(element("div", { class: "piece" }));
     if (typeof run.result === "string") this.#result.update(run.result);
-    else if (run.result === null || run.result === undefined) this.#result.update(run.summary ?? textOf(run));
-    else this.#result.update(`\`\`\`json\n${formatValue(run.result, MAX_RESULT_CHARACTERS)}\n\`\`\``);
+    else if (run.result === null || run.result === undefined)
+      this.#result.update(run.summary ?? textOf(run));
+    else
+      this.#result.update(`\`\`\`json\n${formatValue(run.result, MAX_RESULT_CHARACTERS)}\n\`\`\``);
     return this.#result.root;
   }
 
@@ -300,7 +331,13 @@ class RunView {
 function drawEnding(run, actions) {
   switch (run.status) {
     case "completed":
-      return [element("div", { class: "after" }, copyButton(() => answerText(run), "Copy answer"))];
+      return [
+        element(
+          "div",
+          { class: "after" },
+          copyButton(() => answerText(run), "Copy answer"),
+        ),
+      ];
     case "error":
       return [drawError(run, actions)];
     case "cancelled":
@@ -309,7 +346,12 @@ function drawEnding(run, actions) {
           "div",
           { class: "after stopped" },
           icon("stop"),
-          element("span", {}, stoppedBy(run.cancelled.by, actions.userId()) + (run.cancelled.reason ? `: ${run.cancelled.reason}` : "")),
+          element(
+            "span",
+            {},
+            stoppedBy(run.cancelled.by, actions.userId()) +
+              (run.cancelled.reason ? `: ${run.cancelled.reason}` : ""),
+          ),
           askAgain(run, actions),
         ),
       ];
@@ -329,18 +371,26 @@ function drawEnding(run, actions) {
 }
 
 function answerText(run) {
-  return typeof run.result === "string" ? run.result : formatValue(run.result ?? textOf(run), Infinity);
+  return typeof run.result === "string"
+    ? run.result
+    : formatValue(run.result ?? textOf(run), Infinity);
 }
 
 function askAgain(run, actions) {
   if (!run.request) return null;
-  return element("button", { type: "button", class: "quiet", onclick: () => actions.retry(run) }, icon("retry"), "Ask again");
+  return element(
+    "button",
+    { type: "button", class: "quiet", onclick: () => actions.retry(run) },
+    icon("retry"),
+    "Ask again",
+  );
 }
 
 function drawError(run, actions) {
   const { code, message, recoverySuggestions, supportId, retryAfterMs } = run.error;
   const meta = element("p", { class: "error-meta" }, element("code", {}, code));
-  if (retryAfterMs) meta.append(element("span", {}, `worth another try in ${formatDuration(retryAfterMs)}`));
+  if (retryAfterMs)
+    meta.append(element("span", {}, `worth another try in ${formatDuration(retryAfterMs)}`));
   if (supportId) meta.append(element("span", {}, "support id ", element("code", {}, supportId)));
   return element(
     "section",

@@ -73,7 +73,8 @@ export function titleOf(runs) {
 
 /** What the values of a choice are: from the request's JSON schema. */
 export function choicesOf(schema) {
-  const options = schema?.enum ?? schema?.oneOf ?? schema?.anyOf ?? schema?.properties?.value?.enum ?? [];
+  const options =
+    schema?.enum ?? schema?.oneOf ?? schema?.anyOf ?? schema?.properties?.value?.enum ?? [];
   return options.map((option) =>
     option !== null && typeof option === "object" && "const" in option
       ? { value: option.const, label: option.title ?? String(option.const) }
@@ -85,8 +86,13 @@ export function choicesOf(schema) {
 export function completenessOf(run, isRunning) {
   if (run.lastSeq === 0) return null;
   if (run.hasHole) return { isWhole: false, text: "Part of this run’s history is missing" };
-  if (run.firstSeq > 1) return { isWhole: false, text: `Events 1–${run.firstSeq - 1} are no longer kept` };
-  if (run.status === "lost") return { isWhole: false, text: `What came after event ${run.lastSeq} is lost` };
+  if (run.firstSeq > 1)
+    return { isWhole: false, text: `Events 1–${run.firstSeq - 1} are no longer kept` };
+  if (run.status === "lost")
+    return { isWhole: false, text: `What came after event ${run.lastSeq} is lost` };
   const events = run.lastSeq === 1 ? "Event 1" : `Events 1–${run.lastSeq}`;
-  return { isWhole: true, text: isRunning ? `${events}, none missing so far` : `${events}, none missing` };
+  return {
+    isWhole: true,
+    text: isRunning ? `${events}, none missing so far` : `${events}, none missing`,
+  };
 }

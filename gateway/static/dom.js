@@ -18,7 +18,8 @@ export function element(tag, properties = {}, ...children) {
 
 export function setAttribute(node, name, value) {
   if (value === null || value === undefined || value === false) node.removeAttribute(name);
-  else if (node.getAttribute(name) !== String(value)) node.setAttribute(name, value === true ? "" : value);
+  else if (node.getAttribute(name) !== String(value))
+    node.setAttribute(name, value === true ? "" : value);
 }
 
 /** Change text only where it differs: an unchanged node keeps the reader's selection. */
@@ -42,7 +43,11 @@ const ICON_PATHS = {
 
 export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");
-  for (const [key, value] of Object.entries({ viewBox: "0 0 24 24", class: "icon", "aria-hidden": "true" })) {
+  for (const [key, value] of Object.entries({
+    viewBox: "0 0 24 24",
+    class: `icon icon-${name}`,
+    "aria-hidden": "true",
+  })) {
     svg.setAttribute(key, value);
   }
   for (const d of ICON_PATHS[name]) {
@@ -56,7 +61,12 @@ export function icon(name) {
 /** A button that copies what `read` gives, and says so. */
 export function copyButton(read, label = "Copy") {
   const words = element("span", { class: "copy-label" }, label);
-  const button = element("button", { type: "button", class: "quiet copy", "aria-label": label }, icon("copy"), words);
+  const button = element(
+    "button",
+    { type: "button", class: "quiet copy", "aria-label": label },
+    icon("copy"),
+    words,
+  );
   button.addEventListener("click", async () => {
     const isCopied = await copyText(read());
     words.textContent = isCopied ? "Copied" : "Press Ctrl+C";

@@ -34,7 +34,9 @@ export function formatBrief(value, limit = 80) {
   if (value === null || value === undefined) return "";
   let text;
   if (typeof value === "object" && !Array.isArray(value)) {
-    text = Object.entries(value).map(([key, part]) => `${key}: ${formatBrief(part, 40)}`).join(", ");
+    text = Object.entries(value)
+      .map(([key, part]) => `${key}: ${formatBrief(part, 40)}`)
+      .join(", ");
   } else {
     text = typeof value === "string" ? value : JSON.stringify(value);
   }

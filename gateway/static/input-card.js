@@ -4,7 +4,12 @@ import { choicesOf } from "./describe.js";
 import { element, icon } from "./dom.js";
 import { formatBrief, formatElapsed } from "./format.js";
 
-const OUTCOMES = { answered: "Answered", denied: "Denied", expired: "Expired unanswered", cancelled: "Withdrawn" };
+const OUTCOMES = {
+  answered: "Answered",
+  denied: "Denied",
+  expired: "Expired unanswered",
+  cancelled: "Withdrawn",
+};
 
 export class InputCard {
   #deadline = null;
@@ -31,7 +36,12 @@ export class InputCard {
     this.item = item;
     this.version = item.version;
     this.root.dataset.outcome = item.resolved?.outcome ?? "open";
-    const head = element("p", { class: "input-prompt" }, icon(item.resolved ? "check" : "question"), element("span", {}, item.prompt));
+    const head = element(
+      "p",
+      { class: "input-prompt" },
+      icon(item.resolved ? "check" : "question"),
+      element("span", {}, item.prompt),
+    );
     this.root.replaceChildren(head, item.resolved ? this.#outcome() : this.#form());
     this.tick(Date.now());
   }
@@ -47,14 +57,28 @@ export class InputCard {
   #outcome() {
     const { outcome, value, by } = this.item.resolved;
     const isApproval = this.item.kind === "approval";
-    const words = isApproval && outcome === "answered" ? (value === false ? "Denied" : "Approved") : OUTCOMES[outcome];
-    const detail = !isApproval && value !== undefined && value !== null ? `: ${formatBrief(value)}` : "";
-    return element("p", { class: "input-outcome" }, `${words ?? outcome}${detail}`, by ? ` · ${by}` : "");
+    const words =
+      isApproval && outcome === "answered"
+        ? value === false
+          ? "Denied"
+          : "Approved"
+        : OUTCOMES[outcome];
+    const detail =
+      !isApproval && value !== undefined && value !== null ? `: ${formatBrief(value)}` : "";
+    return element(
+      "p",
+      { class: "input-outcome" },
+      `${words ?? outcome}${detail}`,
+      by ? ` · ${by}` : "",
+    );
   }
 
   #form() {
     this.#deadline = element("span", { class: "deadline" });
-    const form = element("form", { class: "input-form", onsubmit: (event) => event.preventDefault() });
+    const form = element("form", {
+      class: "input-form",
+      onsubmit: (event) => event.preventDefault(),
+    });
     const buttons = element("div", { class: "input-buttons" });
     const submit = (answer) => this.#send(form, answer);
     if (this.item.kind === "approval") {
@@ -68,7 +92,11 @@ export class InputCard {
       }
       buttons.append(button("None of these", "deny", "plain", () => submit({ isDenied: true })));
     } else {
-      const field = element("textarea", { rows: 2, "aria-label": this.item.prompt, "data-testid": "input-text" });
+      const field = element("textarea", {
+        rows: 2,
+        "aria-label": this.item.prompt,
+        "data-testid": "input-text",
+      });
       field.addEventListener("keydown", (event) => {
         if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
         event.preventDefault();
@@ -76,7 +104,12 @@ export class InputCard {
       });
       form.append(field);
       buttons.append(
-        button("Answer", "answer", "primary", () => field.value.trim() !== "" && submit({ value: field.value })),
+        button(
+          "Answer",
+          "answer",
+          "primary",
+          () => field.value.trim() !== "" && submit({ value: field.value }),
+        ),
         button("Decline", "deny", "plain", () => submit({ isDenied: true })),
       );
     }
@@ -101,5 +134,9 @@ export class InputCard {
 }
 
 function button(label, testId, kind, onclick) {
-  return element("button", { type: "button", class: `button ${kind}`, "data-testid": testId, onclick }, label);
+  return element(
+    "button",
+    { type: "button", class: `button ${kind}`, "data-testid": testId, onclick },
+    label,
+  );
 }

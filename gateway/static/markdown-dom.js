@@ -79,7 +79,14 @@ function draw(block, context) {
   switch (block.type) {
     case "heading":
       // The page has its own first and second level: an answer begins below them.
-      return { block, node: element(`h${Math.min(6, block.level + 2)}`, { class: `level-${block.level}` }, ...inline(block.children)) };
+      return {
+        block,
+        node: element(
+          `h${Math.min(6, block.level + 2)}`,
+          { class: `level-${block.level}` },
+          ...inline(block.children),
+        ),
+      };
     case "rule":
       return { block, node: element("hr") };
     case "code":
@@ -89,7 +96,9 @@ function draw(block, context) {
       return { block, node, inner: patch(node, [], block.blocks) };
     }
     case "list": {
-      const node = element(block.isOrdered ? "ol" : "ul", { start: block.isOrdered ? block.first : null });
+      const node = element(block.isOrdered ? "ol" : "ul", {
+        start: block.isOrdered ? block.first : null,
+      });
       return { block, node, inner: patch(node, [], block.items, block) };
     }
     case "item":
@@ -112,7 +121,11 @@ function drawParagraph(block, context) {
 function drawItem(block, context) {
   const node = element("li", { class: block.isChecked === null ? null : "task" });
   if (block.isChecked !== null) {
-    const box = element("input", { type: "checkbox", disabled: true, "aria-label": block.isChecked ? "done" : "open" });
+    const box = element("input", {
+      type: "checkbox",
+      disabled: true,
+      "aria-label": block.isChecked ? "done" : "open",
+    });
     box.checked = block.isChecked;
     node.append(box);
   }
@@ -128,20 +141,36 @@ function drawCode(block) {
     element("span", { class: "code-language" }, block.language || "text"),
     copyButton(() => text.data, "Copy code"),
   );
-  const node = element("div", { class: "code-block" }, head, element("pre", { tabindex: "0" }, code));
+  const node = element(
+    "div",
+    { class: "code-block" },
+    head,
+    element("pre", { tabindex: "0" }, code),
+  );
   return { block, node, inner: text };
 }
 
 function drawTable(block) {
   const head = element("thead", {}, element("tr", {}, ...cells("th", block.header, block.align)));
   const body = element("tbody");
-  const node = element("div", { class: "table-scroll", tabindex: "0" }, element("table", {}, head, body));
+  const node = element(
+    "div",
+    { class: "table-scroll", tabindex: "0" },
+    element("table", {}, head, body),
+  );
   return { block, node, body, inner: patch(body, [], block.rows, block) };
 }
 
 function cells(tag, contents, align = []) {
   return contents.map((content, column) =>
-    element(tag, { class: align[column] ? `align-${align[column]}` : null, scope: tag === "th" ? "col" : null }, ...inline(content)),
+    element(
+      tag,
+      {
+        class: align[column] ? `align-${align[column]}` : null,
+        scope: tag === "th" ? "col" : null,
+      },
+      ...inline(content),
+    ),
   );
 }
 
@@ -163,11 +192,20 @@ function inline(nodes) {
       case "link":
         return element(
           "a",
-          { href: node.href, title: node.title, target: "_blank", rel: "noopener noreferrer nofollow" },
+          {
+            href: node.href,
+            title: node.title,
+            target: "_blank",
+            rel: "noopener noreferrer nofollow",
+          },
           ...inline(node.children),
         );
       default:
-        return element("span", { class: "reference", title: node.target }, ...inline(node.children));
+        return element(
+          "span",
+          { class: "reference", title: node.target },
+          ...inline(node.children),
+        );
     }
   });
 }

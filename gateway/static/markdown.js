@@ -6,18 +6,9 @@
  * nesting is bounded, whatever the input: it comes from a model.
  */
 
-const MAX_BLOCK_DEPTH = 12;
-const MAX_OPENERS = 64;
-const MAX_DELIMITER_RUN = 3;
-const MAX_DESTINATION = 2_000;
-const SAFE_PROTOCOLS = new Set(["http:", "https:", "mailto:"]);
+import { parseInline } from "./markdown-inline.js";
 
-/** Give the normalised address of a link that may be followed, otherwise `null`. */
-export function safeHref(destination) {
-  if (!URL.canParse(destination)) return null;
-  const url = new URL(destination);
-  return SAFE_PROTOCOLS.has(url.protocol) ? url.href : null;
-}
+const MAX_BLOCK_DEPTH = 12;
 
 /* -------------------------------------------------------------- blocks -- */
 
@@ -119,7 +110,10 @@ function parseIndentedCode(lines, index) {
   let to = index;
   while (to < lines.length && (isBlank(lines[to]) || indentOf(lines[to]) >= 4)) to += 1;
   while (isBlank(lines[to - 1])) to -= 1;
-  const text = lines.slice(index, to).map((line) => line.slice(4)).join("\n");
+  const text = lines
+    .slice(index, to)
+    .map((line) => line.slice(4))
+    .join("\n");
   return { type: "code", language: "", text, isClosed: true, to };
 }
 
@@ -138,7 +132,8 @@ function parseQuote(lines, index, depth) {
   let to = index;
   for (; to < lines.length && !isBlank(lines[to]); to += 1) {
     if (QUOTE.test(lines[to])) content.push(lines[to].replace(QUOTE, ""));
-    else if (to > index && !isBlank(content.at(-1)) && !interruptsParagraph(lines[to])) content.push(lines[to]);
+    else if (to > index && !isBlank(content.at(-1)) && !interruptsParagraph(lines[to]))
+      content.push(lines[to]);
     else break;
   }
   return { type: "quote", blocks: parseBlocks(content, depth + 1), to };
@@ -194,7 +189,8 @@ function parseItem(lines, index, marker, depth) {
     }
     const indent = indentOf(line);
     // Agents often indent nested lists by two spaces, whatever the marker's width.
-    const isNested = indent >= inset || (indent >= base + 2 && LIST_MARKER.test(line.slice(indent)));
+    const isNested =
+      indent >= inset || (indent >= base + 2 && LIST_MARKER.test(line.slice(indent)));
     if (isNested) {
       content.push(line.slice(Math.min(indent, inset)));
     } else if (!afterBlank && !interruptsParagraph(line) && !LIST_MARKER.test(line)) {
@@ -243,7 +239,10 @@ function startsTable(lines, index) {
   const rule = lines[index + 1];
   if (!/^[ \t|:-]+$/.test(rule) || !rule.includes("-")) return false;
   const columns = splitRow(rule);
-  return columns.every((cell) => /^:?-+:?$/.test(cell)) && columns.length === splitRow(lines[index]).length;
+  return (
+    columns.every((cell) => /^:?-+:?$/.test(cell)) &&
+    columns.length === splitRow(lines[index]).length
+  );
 }
 
 function parseTable(lines, index) {
@@ -251,7 +250,10 @@ function parseTable(lines, index) {
     if (cell.endsWith(":")) return cell.startsWith(":") ? "center" : "right";
     return cell.startsWith(":") ? "left" : null;
   });
-  const toCells = (line) => splitRow(line).slice(0, align.length).map((cell) => parseInline(cell));
+  const toCells = (line) =>
+    splitRow(line)
+      .slice(0, align.length)
+      .map((cell) => parseInline(cell));
   const rows = [];
   let to = index + 2;
   for (; to < lines.length && !isBlank(lines[to]) && !interruptsParagraph(lines[to]); to += 1) {
@@ -276,333 +278,13 @@ function parseParagraph(lines, index) {
 }
 
 function inlineOf(lines, from, to) {
-  return parseInline(lines.slice(from, to).map((line) => line.trimStart()).join("\n").trimEnd());
-}
-
-/* -------------------------------------------------------------- inline -- */
-
-const PUNCTUATION = /[\p{P}\p{S}]/u;
-const SPECIAL = /[\\`*_~![\]<&\n]|https?:\/\//g;
-const ENTITIES = { "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#39;": "'", "&nbsp;": "\u00a0" };
-
-/** A doubly linked list: wrapping a stretch of nodes costs the same however long it is. */
-class Chain {
-  head = { next: null, previous: null };
-  tail = this.head;
-
-  append(node) {
-    node.previous = this.tail;
-    node.next = null;
-    this.tail.next = node;
-    this.tail = node;
-    return node;
-  }
-
-  /** Put everything between two nodes under `parent`, which takes its place. */
-  wrap(before, after, parent) {
-    parent.first = before.next;
-    parent.last = after ? after.previous : this.tail;
-    parent.first.previous = null;
-    parent.last.next = null;
-    parent.previous = before;
-    parent.next = after;
-    before.next = parent;
-    if (after) after.previous = parent;
-    else this.tail = parent;
-  }
-
-  remove(node) {
-    node.previous.next = node.next;
-    if (node.next) node.next.previous = node.previous;
-    else this.tail = node.previous;
-  }
-}
-
-/** Parse the text of one block. */
-export function parseInline(text) {
-  return new InlineParser(text).parse();
-}
-
-class InlineParser {
-  #text;
-  #at = 0;
-  #chain = new Chain();
-  #delimiters = [];
-  #brackets = [];
-  /** Lengths of backtick runs that are known to have no closing run. */
-  #unclosedRuns = new Set();
-
-  constructor(text) {
-    this.#text = text;
-  }
-
-  parse() {
-    SPECIAL.lastIndex = 0;
-    while (this.#at < this.#text.length) {
-      SPECIAL.lastIndex = this.#at;
-      const match = SPECIAL.exec(this.#text);
-      const end = match ? match.index : this.#text.length;
-      if (end > this.#at) this.#addText(this.#text.slice(this.#at, end));
-      this.#at = end;
-      if (match) this.#special(match[0]);
-    }
-    this.#emphasise(0);
-    return toNodes(this.#chain.head.next);
-  }
-
-  #addText(text) {
-    return this.#chain.append({ type: "text", text });
-  }
-
-  #take(length) {
-    const taken = this.#text.slice(this.#at, this.#at + length);
-    this.#at += length;
-    return taken;
-  }
-
-  #special(mark) {
-    switch (mark) {
-      case "\\":
-        return this.#escape();
-      case "`":
-        return this.#code();
-      case "*":
-      case "_":
-      case "~":
-        return this.#delimiter(mark);
-      case "!":
-        if (this.#text[this.#at + 1] !== "[") return this.#addText(this.#take(1));
-        return this.#openBracket(2);
-      case "[":
-        return this.#openBracket(1);
-      case "]":
-        return this.#closeBracket();
-      case "<":
-        return this.#angle();
-      case "&":
-        return this.#entity();
-      case "\n":
-        return this.#lineEnd();
-      default:
-        return this.#bareLink();
-    }
-  }
-
-  #escape() {
-    const next = this.#text[this.#at + 1];
-    if (next === "\n") {
-      this.#at += 2;
-      this.#chain.append({ type: "break" });
-    } else if (next && /[!-/:-@[-`{-~]/.test(next)) {
-      this.#at += 1;
-      this.#addText(this.#take(1));
-    } else {
-      this.#addText(this.#take(1));
-    }
-  }
-
-  #lineEnd() {
-    this.#at += 1;
-    const before = this.#chain.tail;
-    if (before.type === "text" && before.text.endsWith("  ")) {
-      before.text = before.text.trimEnd();
-      this.#chain.append({ type: "break" });
-    } else {
-      this.#addText("\n");
-    }
-  }
-
-  #runLength(mark) {
-    let length = 0;
-    while (this.#text[this.#at + length] === mark) length += 1;
-    return length;
-  }
-
-  #code() {
-    const length = this.#runLength("`");
-    const from = this.#at + length;
-    const end = this.#unclosedRuns.has(length) ? -1 : this.#closingRun(from, length);
-    if (end < 0) {
-      this.#unclosedRuns.add(length);
-      this.#addText(this.#take(length));
-      return;
-    }
-    let code = this.#text.slice(from, end).replaceAll("\n", " ");
-    if (code.startsWith(" ") && code.endsWith(" ") && code.trim() !== "") code = code.slice(1, -1);
-    this.#chain.append({ type: "code", text: code });
-    this.#at = end + length;
-  }
-
-  #closingRun(from, length) {
-    for (let at = this.#text.indexOf("`", from); at >= 0; at = this.#text.indexOf("`", at)) {
-      let end = at;
-      while (this.#text[end] === "`") end += 1;
-      if (end - at === length) return at;
-      at = end;
-    }
-    return -1;
-  }
-
-  #delimiter(mark) {
-    const length = this.#runLength(mark);
-    const before = this.#text[this.#at - 1] ?? " ";
-    const after = this.#text[this.#at + length] ?? " ";
-    const node = this.#addText(this.#take(length));
-    if (length > MAX_DELIMITER_RUN || (mark === "~" && length !== 2)) return;
-    const leads = !/\s/.test(after) && (!PUNCTUATION.test(after) || /\s/.test(before) || PUNCTUATION.test(before));
-    const trails = !/\s/.test(before) && (!PUNCTUATION.test(before) || /\s/.test(after) || PUNCTUATION.test(after));
-    const isWordBound = mark === "_";
-    const canOpen = leads && (!isWordBound || !trails || PUNCTUATION.test(before));
-    const canClose = trails && (!isWordBound || !leads || PUNCTUATION.test(after));
-    if (canOpen || canClose) {
-      this.#delimiters.push({ mark, node, length, original: length, canOpen, canClose });
-    }
-  }
-
-  /** Match delimiters above `bottom` as CommonMark does, then drop them. */
-  #emphasise(bottom) {
-    const open = [];
-    for (const closer of this.#delimiters.splice(bottom)) {
-      while (closer.canClose && closer.length > 0) {
-        const place = open.findLastIndex((opener) => isPair(opener, closer));
-        if (place < 0) break;
-        open.length = place + 1;
-        this.#pair(open[place], closer);
-        if (open[place].length === 0) open.pop();
-      }
-      if (closer.canOpen && closer.length > 0) {
-        open.push(closer);
-        if (open.length > MAX_OPENERS) open.shift();
-      }
-    }
-  }
-
-  #pair(opener, closer) {
-    const isStrong = opener.length >= 2 && closer.length >= 2;
-    const used = isStrong ? 2 : 1;
-    const type = opener.mark === "~" ? "strike" : isStrong ? "strong" : "emphasis";
-    for (const side of [opener, closer]) {
-      side.length -= used;
-      side.node.text = side.node.text.slice(used);
-    }
-    if (opener.node.next === closer.node) return;
-    this.#chain.wrap(opener.node, closer.node, { type });
-  }
-
-  #openBracket(length) {
-    const node = this.#addText(this.#take(length));
-    this.#brackets.push({ node, isImage: length === 2, bottom: this.#delimiters.length });
-    if (this.#brackets.length > MAX_OPENERS) this.#brackets.shift();
-  }
-
-  #closeBracket() {
-    const bracket = this.#brackets.pop();
-    const target = bracket && this.#text[this.#at + 1] === "(" ? this.#destination(this.#at + 2) : null;
-    if (!target) {
-      this.#addText(this.#take(1));
-      return;
-    }
-    this.#emphasise(bracket.bottom);
-    if (bracket.node === this.#chain.tail) this.#addText(target.destination);
-    const href = safeHref(target.destination);
-    // An image would make the reader's browser call whom the agent names: it is shown as a link.
-    const link = href
-      ? { type: "link", href, title: target.title }
-      : { type: "reference", target: target.destination };
-    this.#chain.wrap(bracket.node, null, link);
-    this.#chain.remove(bracket.node);
-    if (!bracket.isImage) this.#brackets = this.#brackets.filter((other) => other.isImage);
-    this.#at = target.end;
-  }
-
-  /** Read `destination "title")` at `from`; `null` if it is not that. */
-  #destination(from) {
-    const window = this.#text.slice(from, from + MAX_DESTINATION);
-    const start = /^\s*/.exec(window)[0].length;
-    let at = start;
-    let destination;
-    if (window[at] === "<") {
-      const end = window.indexOf(">", at);
-      if (end < 0 || window.slice(at, end).includes("\n")) return null;
-      destination = window.slice(at + 1, end);
-      at = end + 1;
-    } else {
-      for (let depth = 0; at < window.length && !/\s/.test(window[at]); at += 1) {
-        if (window[at] === "(") depth += 1;
-        else if (window[at] === ")") depth -= 1;
-        if (depth < 0 || depth > 8) break;
-      }
-      destination = window.slice(start, at);
-    }
-    const rest = /^(?:\s+(?:"([^"]*)"|'([^']*)'))?\s*\)/.exec(window.slice(at));
-    if (!rest) return null;
-    return { destination, title: rest[1] ?? rest[2] ?? null, end: from + at + rest[0].length };
-  }
-
-  #angle() {
-    const window = this.#text.slice(this.#at, this.#at + MAX_DESTINATION);
-    const match = /^<((?:https?:\/\/|mailto:)[^\s<>]+)>/i.exec(window);
-    if (match) this.#link(match[1], match[0].length);
-    else this.#addText(this.#take(1));
-  }
-
-  #bareLink() {
-    const window = this.#text.slice(this.#at, this.#at + MAX_DESTINATION);
-    let [address] = /^[^\s<>"`|]+/.exec(window);
-    const isInsideWord = /[\p{L}\p{N}]/u.test(this.#text[this.#at - 1] ?? " ");
-    let surplus = address.split(")").length - address.split("(").length;
-    let end = address.length;
-    for (; end > 0; end -= 1) {
-      if (address[end - 1] === ")" && surplus > 0) surplus -= 1;
-      else if (!/[.,:;!?'*_~\]]/.test(address[end - 1])) break;
-    }
-    address = address.slice(0, end);
-    if (isInsideWord || address.length < 9) this.#addText(this.#take(address.length));
-    else this.#link(address, address.length);
-  }
-
-  #link(address, length) {
-    const href = safeHref(address);
-    this.#at += length;
-    const node = this.#addText(address);
-    if (href) this.#chain.wrap(node.previous, null, { type: "link", href, title: null });
-  }
-
-  #entity() {
-    const match = /^&(?:amp|lt|gt|quot|#39|nbsp);/.exec(this.#text.slice(this.#at, this.#at + 8));
-    this.#addText(match ? ENTITIES[match[0]] : "&");
-    this.#at += match ? match[0].length : 1;
-  }
-}
-
-function isPair(opener, closer) {
-  if (opener.mark !== closer.mark) return false;
-  const isAmbiguous = opener.canClose || closer.canOpen;
-  const isThird = (opener.original + closer.original) % 3 === 0;
-  return !(isAmbiguous && isThird && (opener.original % 3 !== 0 || closer.original % 3 !== 0));
-}
-
-function toNodes(first, isInLink = false) {
-  const nodes = [];
-  for (let node = first; node; node = node.next) {
-    if (node.type === "text") {
-      const last = nodes.at(-1);
-      if (node.text === "") continue;
-      if (last?.type === "text") last.text += node.text;
-      else nodes.push({ type: "text", text: node.text });
-    } else if (node.first) {
-      const { type, href, title, target } = node;
-      const isLink = type === "link" || type === "reference";
-      const children = toNodes(node.first, isInLink || isLink);
-      if (isLink && isInLink) nodes.push(...children);
-      else if (type === "link") nodes.push({ type, href, title, children });
-      else if (type === "reference") nodes.push({ type, target, children });
-      else nodes.push({ type, children });
-    } else {
-      nodes.push({ type: node.type, ...(node.text === undefined ? {} : { text: node.text }) });
-    }
-  }
-  return nodes;
+  return parseInline(
+    lines
+      .slice(from, to)
+      .map((line) => line.trimStart())
+      .join("\n")
+      .trimEnd(),
+  );
 }
 
 /* -------------------------------------------------------------- stream -- */

@@ -54,13 +54,7 @@ export interface RunOutline {
 }
 
 export type RunStatus =
-  | "queued"
-  | "running"
-  | "waiting"
-  | "retrying"
-  | "completed"
-  | "error"
-  | "cancelled";
+  "queued" | "running" | "waiting" | "retrying" | "completed" | "error" | "cancelled";
 
 export type InputKind = "approval" | "text" | "choice";
 
@@ -112,6 +106,7 @@ export interface Run {
   queuedAt: string | null;
   startedAt: string | null;
   endedAt: string | null;
+  lastEventAt: string | null;
   items: RunItem[];
   /** Streamed messages of the current attempt. */
   messages: RunMessage[];
@@ -207,12 +202,7 @@ export class RelayError extends Error {
 }
 
 export type ConnectionState =
-  | "connecting"
-  | "live"
-  | "degraded"
-  | "reconnecting"
-  | "stopped"
-  | "closed";
+  "connecting" | "live" | "degraded" | "reconnecting" | "stopped" | "closed";
 
 export interface StateDetail {
   state: ConnectionState;

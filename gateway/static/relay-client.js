@@ -131,6 +131,8 @@ function newRun(runId, threadId, agent, attempt) {
     queuedAt: null,
     startedAt: null,
     endedAt: null,
+    /** When the last lifecycle event happened. */
+    lastEventAt: null,
     items: [],
     messages: [],
     progress: null,
@@ -266,14 +268,18 @@ const APPLY = {
   tool_completed(run, event, data) {
     const item =
       findItem(run, "tool_executing", "toolCallId", data.tool_call_id) ??
-      addItem(run, { ...event, type: "tool_executing", seq: null }, {
-        toolCallId: data.tool_call_id,
-        toolName: data.tool_name,
-        purpose: null,
-        parameters: null,
-        estimatedDurationMs: null,
-        progress: null,
-      });
+      addItem(
+        run,
+        { ...event, type: "tool_executing", seq: null },
+        {
+          toolCallId: data.tool_call_id,
+          toolName: data.tool_name,
+          purpose: null,
+          parameters: null,
+          estimatedDurationMs: null,
+          progress: null,
+        },
+      );
     item.completed = {
       seq: event.seq,
       at: event.timestamp,
@@ -374,7 +380,10 @@ const APPLY = {
     let message = run.messages.findLast((known) => known.messageId === data.message_id);
     if (!message) {
       message = { messageId: data.message_id, attempt: event.attempt, text: new PlacedText() };
-      message.item = addItem(run, event, { messageId: data.message_id, lastAt: null });
+      // Resumed text comes as one piece with its last piece's time. That writing began when the
+      // event before it happened is known to every tab, so all of them show the same.
+      const at = run.lastEventAt ?? event.timestamp;
+      message.item = addItem(run, event, { messageId: data.message_id, at, lastAt: null });
       run.messages.push(message);
     }
     message.text.place(data.position, data.text);
@@ -401,6 +410,7 @@ export function applyEvent(run, event) {
     if (run.lastSeq === 0) run.firstSeq = event.seq;
     else if (event.seq > run.lastSeq + 1) run.hasHole = true;
     run.lastSeq = event.seq;
+    run.lastEventAt = event.timestamp;
   } else if (event.attempt < run.attempt) {
     return false;
   }
@@ -490,7 +500,8 @@ export function parsePosition(text) {
   if (typeof text !== "string") return null;
   const colon = text.lastIndexOf(":");
   const offset = Number(text.slice(colon + 1));
-  if (colon < 1 || !/^\d+$/.test(text.slice(colon + 1)) || !Number.isSafeInteger(offset)) return null;
+  if (colon < 1 || !/^\d+$/.test(text.slice(colon + 1)) || !Number.isSafeInteger(offset))
+    return null;
   return { epoch: text.slice(0, colon), offset };
 }
 
@@ -882,7 +893,9 @@ export class RelayClient extends EventTarget {
     } else if (frame.code === "unavailable" && error.retryable) {
       // Redis is away: the command is not lost for that, it waits.
       command.refusals += 1;
-      const waitMs = (frame.retry_after_ms ?? BASE_RETRY_MS) + reconnectDelayMs(command.refusals, this.#random());
+      const waitMs =
+        (frame.retry_after_ms ?? BASE_RETRY_MS) +
+        reconnectDelayMs(command.refusals, this.#random());
       command.timer ??= setTimeout(() => this.#send(command), waitMs);
     } else {
       this.#settle(frame.id, "reject", error);
@@ -968,7 +981,9 @@ export class RelayClient extends EventTarget {
     } else if (drain) {
       this.#retryAfter(Math.max(0, drain.until - Date.now()), drain.reason);
     } else if (hasOpened) {
-      const why = wasEstablished ? "The connection was lost." : "The gateway closed the connection.";
+      const why = wasEstablished
+        ? "The connection was lost."
+        : "The gateway closed the connection.";
       this.#retryAfter(this.#nextDelayMs(), reason || why);
     } else {
       await this.#askWhy();
@@ -991,7 +1006,9 @@ export class RelayClient extends EventTarget {
     } catch (error) {
       // Not reachable by HTTP either, or an answer that is not the gateway's:
       // in both cases the status, if any, and the usual wait decide.
-      problem = { detail: answer ? undefined : `The gateway could not be reached (${error.name}).` };
+      problem = {
+        detail: answer ? undefined : `The gateway could not be reached (${error.name}).`,
+      };
     }
     if (generation !== this.#generation || this.state !== "reconnecting") return;
     const status = answer?.status ?? 0;
@@ -1000,9 +1017,10 @@ export class RelayClient extends EventTarget {
       this.#halt("stopped", { code: status, reason });
       return;
     }
-    const wait = status === 429 || status === 503
-      ? retryAfterMs(answer.headers.get("Retry-After"), Date.now())
-      : null;
+    const wait =
+      status === 429 || status === 503
+        ? retryAfterMs(answer.headers.get("Retry-After"), Date.now())
+        : null;
     const delayMs = this.#nextDelayMs();
     this.#retryAfter(wait === null ? delayMs : wait + delayMs * 0.2, problem.detail);
   }
@@ -1032,12 +1050,15 @@ export class RelayClient extends EventTarget {
 
   #watchSilence() {
     const limitMs = SILENT_HEARTBEATS * this.#heartbeatMs;
-    this.#silenceTimer = setTimeout(() => {
-      const leftMs = this.#lastFrameAt + limitMs - Date.now();
-      if (leftMs > 0) return this.#watchSilence();
-      this.#forgetSocket(4000, "no heartbeat");
-      this.#retryAfter(this.#nextDelayMs(), "The gateway went silent.");
-    }, Math.max(50, this.#lastFrameAt + limitMs - Date.now()));
+    this.#silenceTimer = setTimeout(
+      () => {
+        const leftMs = this.#lastFrameAt + limitMs - Date.now();
+        if (leftMs > 0) return this.#watchSilence();
+        this.#forgetSocket(4000, "no heartbeat");
+        this.#retryAfter(this.#nextDelayMs(), "The gateway went silent.");
+      },
+      Math.max(50, this.#lastFrameAt + limitMs - Date.now()),
+    );
   }
 
   /* -- frames -- */

@@ -33,8 +33,15 @@ export class ThreadsView {
       const isWaiting = active.some((run) => run.status === "waiting");
       const agents = [...new Set(runs.map((run) => run.agent).filter(Boolean))];
       setText(entry.title, titleOf(runs));
-      setText(entry.meta, isWaiting ? "needs you" : active.length > 0 ? "working" : agents.join(", "));
-      setAttribute(entry.node, "data-activity", isWaiting ? "waiting" : active.length > 0 ? "running" : null);
+      setText(
+        entry.meta,
+        isWaiting ? "needs you" : active.length > 0 ? "working" : agents.join(", "),
+      );
+      setAttribute(
+        entry.node,
+        "data-activity",
+        isWaiting ? "waiting" : active.length > 0 ? "running" : null,
+      );
       setAttribute(entry.node, "aria-current", threadId === currentId ? "true" : null);
     }
   }
@@ -46,7 +53,13 @@ export class ThreadsView {
     const meta = element("span", { class: "thread-meta" });
     const node = element(
       "button",
-      { type: "button", class: "thread", "data-testid": "thread", "data-thread-id": threadId, onclick: () => this.open(threadId) },
+      {
+        type: "button",
+        class: "thread",
+        "data-testid": "thread",
+        "data-thread-id": threadId,
+        onclick: () => this.open(threadId),
+      },
       title,
       meta,
     );

@@ -1,8 +1,22 @@
 /** One run as a live timeline: what happened, in order, with bars on one time axis. */
 
-import { activityOf, completenessOf, errorTitle, STATUS_WORDS, stoppedBy, toolTitle } from "./describe.js";
+import {
+  activityOf,
+  completenessOf,
+  errorTitle,
+  STATUS_WORDS,
+  stoppedBy,
+  toolTitle,
+} from "./describe.js";
 import { copyButton, element, setAttribute, setText } from "./dom.js";
-import { count, formatBrief, formatDuration, formatElapsed, formatName, formatValue } from "./format.js";
+import {
+  count,
+  formatBrief,
+  formatDuration,
+  formatElapsed,
+  formatName,
+  formatValue,
+} from "./format.js";
 import { isEnded } from "./relay-client.js";
 
 const STILL_WRITING_MS = 1_500;
@@ -22,23 +36,50 @@ export class TimelineView {
     this.elapsed = element("span", { class: "run-elapsed" });
     this.toggle = element(
       "button",
-      { type: "button", class: "run-toggle", "aria-expanded": "false", "aria-controls": "run-body", onclick: () => this.setOpen(!this.isOpen) },
+      {
+        type: "button",
+        class: "run-toggle",
+        "aria-expanded": "false",
+        "aria-controls": "run-body",
+        onclick: () => this.setOpen(!this.isOpen),
+      },
       this.status,
       this.summaryWords,
       this.elapsed,
     );
     this.title = element("h2", { class: "run-title" });
     this.facts = element("p", { class: "run-facts" });
-    this.progress = element("div", { class: "run-progress", role: "progressbar", "aria-label": "Progress", hidden: true }, element("span", {}));
+    this.progress = element(
+      "div",
+      { class: "run-progress", role: "progressbar", "aria-label": "Progress", hidden: true },
+      element("span", {}),
+    );
     this.steps = element("p", { class: "run-steps", hidden: true });
-    this.axis = element("div", { class: "axis", "aria-hidden": "true" }, element("span", {}, "0 s"), element("span", {}), element("span", {}));
+    this.axis = element(
+      "div",
+      { class: "axis", "aria-hidden": "true" },
+      element("span", {}, "0 s"),
+      element("span", {}),
+      element("span", {}),
+    );
     this.list = element("ol", { class: "items" });
     this.proof = element("p", { class: "proof" });
     this.empty = element(
       "div",
       { class: "run-empty" },
-      element("div", { class: "ghost", "aria-hidden": "true" }, element("i"), element("i"), element("i"), element("i")),
-      element("p", {}, "What an agent does appears here while it does it: its thoughts, its tools and how long each takes."),
+      element(
+        "div",
+        { class: "ghost", "aria-hidden": "true" },
+        element("i"),
+        element("i"),
+        element("i"),
+        element("i"),
+      ),
+      element(
+        "p",
+        {},
+        "What an agent does appears here while it does it: its thoughts, its tools and how long each takes.",
+      ),
     );
     this.body = element(
       "div",
@@ -106,14 +147,23 @@ export class TimelineView {
   }
 
   #updateProgress(run, isOver) {
-    const { percentage = null, step = null, totalSteps = null, remainingMs = null } = run.progress ?? {};
+    const {
+      percentage = null,
+      step = null,
+      totalSteps = null,
+      remainingMs = null,
+    } = run.progress ?? {};
     this.progress.hidden = isOver || percentage === null;
     if (percentage !== null) {
       this.progress.setAttribute("aria-valuenow", String(Math.round(percentage)));
-      this.progress.firstElementChild.style.setProperty("--part", String(Math.min(1, percentage / 100)));
+      this.progress.firstElementChild.style.setProperty(
+        "--part",
+        String(Math.min(1, percentage / 100)),
+      );
     }
     const words = [];
-    if (step !== null) words.push(totalSteps === null ? `Step ${step}` : `Step ${step} of ${totalSteps}`);
+    if (step !== null)
+      words.push(totalSteps === null ? `Step ${step}` : `Step ${step} of ${totalSteps}`);
     if (remainingMs !== null) words.push(`about ${formatDuration(remainingMs)} left`);
     this.steps.hidden = isOver || words.length === 0;
     setText(this.steps, words.join(" · "));
@@ -136,7 +186,9 @@ export class TimelineView {
     const run = this.#run;
     if (!run) return;
     const isOver = isEnded(run) || run.status === "lost";
-    const startMs = Date.parse(run.startedAt ?? run.queuedAt ?? run.items.find((item) => item.at)?.at);
+    const startMs = Date.parse(
+      run.startedAt ?? run.queuedAt ?? run.items.find((item) => item.at)?.at,
+    );
     const endMs = isOver ? Date.parse(run.endedAt ?? run.items.at(-1)?.at) : nowMs;
     const spanMs = Math.max(1, endMs - startMs);
     const words = isOver ? formatDuration(spanMs) : formatElapsed(spanMs);
@@ -144,7 +196,10 @@ export class TimelineView {
     const isTimed = !Number.isNaN(spanMs) && run.status !== "lost";
     setText(this.elapsed, isTimed ? words : "");
     this.axis.hidden = !isTimed || run.items.length < 2;
-    if (!isTimed) return;
+    if (!isTimed) {
+      for (const row of this.#rows.values()) row.root.classList.remove("live");
+      return;
+    }
     setText(this.axis.children[1], formatElapsed(spanMs / 2));
     setText(this.axis.children[2], formatElapsed(spanMs));
     for (const row of this.#rows.values()) row.tick({ startMs, endMs, spanMs, nowMs, isOver });
@@ -223,27 +278,42 @@ class Row {
 
   #refreshTool() {
     const { item } = this;
-    const hasParameters = item.parameters !== null && Object.keys(item.parameters).length > 0;
-    if (hasParameters) this.#drawOnce("parameters", () => fold("Input", item.parameters));
+    const hasParameters = isCalledWith(item);
+    const label = item.purpose ? element("code", {}, item.toolName) : "Input";
+    if (hasParameters) this.#drawOnce("parameters", () => fold(label, item.parameters));
     if (!item.completed) return;
-    const { seq, status, result, error, note } = item.completed;
+    const { seq = null, status, result, error, note } = item.completed;
     this.#drawOnce("completed", () => {
       const value = status === "error" ? error : result;
-      const line = element("div", { class: "item-outcome", "data-testid": "timeline-item", "data-type": "tool_completed", "data-seq": seq });
+      const line = element("div", {
+        class: "item-outcome",
+        "data-testid": "timeline-item",
+        "data-type": "tool_completed",
+        "data-seq": seq,
+      });
       if (note) line.append(element("p", { class: "item-text" }, note));
-      if (value !== undefined && value !== null) line.append(fold(status === "error" ? "Error" : "Result", value));
+      if (value !== undefined && value !== null)
+        line.append(fold(status === "error" ? "Error" : "Result", value));
       return line;
     });
   }
 
   #refreshInput() {
     if (!this.item.resolved) return;
-    const { seq, outcome, value, by } = this.item.resolved;
-    const words = outcome === "answered" && value !== undefined && value !== true ? `${outcome}: ${formatBrief(value)}` : outcome;
+    const { seq = null, outcome, value, by } = this.item.resolved;
+    const words =
+      outcome === "answered" && value !== undefined && value !== true
+        ? `${outcome}: ${formatBrief(value)}`
+        : outcome;
     this.#drawOnce("resolved", () =>
       element(
         "div",
-        { class: "item-outcome", "data-testid": "timeline-item", "data-type": "input_resolved", "data-seq": seq },
+        {
+          class: "item-outcome",
+          "data-testid": "timeline-item",
+          "data-type": "input_resolved",
+          "data-seq": seq,
+        },
         element("p", { class: "item-text" }, formatName(words), by ? ` · ${by}` : ""),
       ),
     );
@@ -252,8 +322,14 @@ class Row {
   #refreshError() {
     const { recoverySuggestions, supportId } = this.item.error;
     this.#drawOnce("suggestions", () => [
-      element("ul", { class: "suggestions" }, ...recoverySuggestions.map((words) => element("li", {}, words))),
-      supportId ? element("p", { class: "item-text" }, "Support id ", element("code", {}, supportId)) : "",
+      element(
+        "ul",
+        { class: "suggestions" },
+        ...recoverySuggestions.map((words) => element("li", {}, words)),
+      ),
+      supportId
+        ? element("p", { class: "item-text" }, "Support id ", element("code", {}, supportId))
+        : "",
     ]);
   }
 
@@ -263,7 +339,10 @@ class Row {
     const { time, bar } = this.#parts;
     const atMs = Date.parse(item.at ?? "");
     if (!bar) {
-      setText(time, Number.isNaN(atMs) || atMs - startMs < 50 ? "" : `+${formatElapsed(atMs - startMs)}`);
+      setText(
+        time,
+        Number.isNaN(atMs) || atMs - startMs < 50 ? "" : `+${formatElapsed(atMs - startMs)}`,
+      );
       this.#isSettled = true;
       return;
     }
@@ -286,22 +365,41 @@ class Row {
 function extent(item, { nowMs, endMs, isOver }) {
   if (item.type === "text_delta") {
     const lastMs = Date.parse(item.lastAt ?? item.at ?? "");
-    return { untilMs: lastMs, isOpen: !isOver && !item.isSuperseded && nowMs - lastMs < STILL_WRITING_MS };
+    return {
+      untilMs: lastMs,
+      isOpen: !isOver && !item.isSuperseded && nowMs - lastMs < STILL_WRITING_MS,
+    };
   }
   const closed = item.completed ?? item.resolved;
   if (closed) return { untilMs: Date.parse(closed.at), isOpen: false };
   return { untilMs: isOver ? endMs : nowMs, isOpen: !isOver };
 }
 
+function isCalledWith({ parameters }) {
+  return parameters !== null && Object.keys(parameters).length > 0;
+}
+
 function fold(label, value) {
   const brief = formatBrief(value, 90);
-  const head = element("summary", {}, element("span", { class: "fold-label" }, label), element("span", { class: "fold-brief" }, brief));
+  const head = element(
+    "summary",
+    {},
+    element("span", { class: "fold-label" }, label),
+    element("span", { class: "fold-brief" }, brief),
+  );
   const details = element("details", { class: "fold" }, head);
   // Large values are formatted only when somebody looks.
   details.addEventListener("toggle", () => {
     if (!details.open || details.children.length > 1) return;
     const whole = () => formatValue(value, Infinity);
-    details.append(element("div", { class: "fold-body" }, copyButton(whole), element("pre", { tabindex: "0" }, formatValue(value))));
+    details.append(
+      element(
+        "div",
+        { class: "fold-body" },
+        copyButton(whole),
+        element("pre", { tabindex: "0" }, formatValue(value)),
+      ),
+    );
   });
   return details;
 }
@@ -312,15 +410,22 @@ function describe(item, userId) {
     case "agent_queued":
       return { title: "Asked" };
     case "agent_started":
-      return { title: item.attempt > 1 ? `Started, attempt ${item.attempt}` : "Started", tag: item.model ?? "", text: item.note };
+      return {
+        title: item.attempt > 1 ? `Started, attempt ${item.attempt}` : "Started",
+        tag: item.model ?? "",
+        text: item.note,
+      };
     case "agent_thinking": {
       const { step, totalSteps } = item.progress;
-      return { title: item.thought, tag: step === null ? "" : totalSteps === null ? `${step}` : `${step}/${totalSteps}` };
+      return {
+        title: item.thought,
+        tag: step === null ? "" : totalSteps === null ? `${step}` : `${step}/${totalSteps}`,
+      };
     }
     case "tool_executing":
       return {
         title: toolTitle(item),
-        tag: item.purpose ? item.toolName : "",
+        tag: item.purpose && !isCalledWith(item) ? item.toolName : "",
         text: item.completed ? null : (item.progress?.note ?? null),
         outcome: item.completed?.status ?? "open",
       };
@@ -333,10 +438,16 @@ function describe(item, userId) {
     case "agent_retrying":
       return {
         title: `Trying again, attempt ${item.nextAttempt}`,
-        text: [item.reason, item.delayMs ? `in ${formatDuration(item.delayMs)}` : null].filter(Boolean).join(" · "),
+        text: [item.reason, item.delayMs ? `in ${formatDuration(item.delayMs)}` : null]
+          .filter(Boolean)
+          .join(" · "),
       };
     case "cancel_requested":
-      return { title: "Stop requested", tag: item.by && item.by !== userId ? item.by : "", text: item.reason };
+      return {
+        title: "Stop requested",
+        tag: item.by && item.by !== userId ? item.by : "",
+        text: item.reason,
+      };
     case "custom":
       return { title: formatName(item.name ?? "custom"), text: item.note };
     case "agent_completed":

@@ -51,7 +51,10 @@ if (hasWebSocket(fileURLToPath(import.meta.url))) {
       assert.equal(connection.url.searchParams.get("client_id"), "tab-1");
       assert.equal(client.node, "gateway-1");
       assert.equal(client.userId, "alice");
-      assert.deepEqual(client.agents.map(({ name }) => name), ["docs"]);
+      assert.deepEqual(
+        client.agents.map(({ name }) => name),
+        ["docs"],
+      );
     });
 
     test("keeps the path prefix of a reverse proxy", async () => {
@@ -67,7 +70,10 @@ if (hasWebSocket(fileURLToPath(import.meta.url))) {
       for (const event of [...history.exampleRun(), ...history.events]) connection.send(event);
       connection.send({ type: "heartbeat", position: `e1:${history.offset}` });
       await once(client, "heartbeat");
-      assert.deepEqual(seen, history.events.map(({ offset }) => offset));
+      assert.deepEqual(
+        seen,
+        history.events.map(({ offset }) => offset),
+      );
       assert.equal(client.store.runs.get("run_1").status, "completed");
     });
 
@@ -87,7 +93,11 @@ if (hasWebSocket(fileURLToPath(import.meta.url))) {
 
     test("follows a heartbeat into a new epoch", async () => {
       const connection = await live();
-      connection.send({ type: "heartbeat", position: "e2:9", server_time: new Date().toISOString() });
+      connection.send({
+        type: "heartbeat",
+        position: "e2:9",
+        server_time: new Date().toISOString(),
+      });
       await once(client, "heartbeat");
       connection.cut();
       assert.equal((await gateway.accept()).url.searchParams.get("since"), "e2:9");
@@ -133,7 +143,14 @@ if (hasWebSocket(fileURLToPath(import.meta.url))) {
         recoverySuggestions: ["Look at the list."],
       });
       const { id } = await connection.next("cancel");
-      connection.send({ type: "error", id, code: "unknown_run", message: "No.", retryable: false, recovery_suggestions: ["Look at the list."] });
+      connection.send({
+        type: "error",
+        id,
+        code: "unknown_run",
+        message: "No.",
+        retryable: false,
+        recovery_suggestions: ["Look at the list."],
+      });
       await refused;
     });
 
@@ -141,7 +158,14 @@ if (hasWebSocket(fileURLToPath(import.meta.url))) {
       const connection = await live({}, { random: () => 0 });
       const sent = client.sendMessage({ threadId: "t1", content: "Hi" });
       const { id } = await connection.next("user_message");
-      connection.send({ type: "error", id, code: "unavailable", message: "Redis is away.", retryable: true, retry_after_ms: 20 });
+      connection.send({
+        type: "error",
+        id,
+        code: "unavailable",
+        message: "Redis is away.",
+        retryable: true,
+        retry_after_ms: 20,
+      });
       assert.equal((await connection.next("user_message")).id, id);
       connection.send({ type: "ack", id, run_id: "run_1", duplicate: false });
       assert.equal((await sent).run_id, "run_1");
@@ -158,7 +182,10 @@ if (hasWebSocket(fileURLToPath(import.meta.url))) {
       const connection = await live();
       const answered = client.answerInput("run_1", "req_1", { choice: 2 });
       const frame = await connection.next("input_response");
-      assert.deepEqual([frame.run_id, frame.request_id, frame.value, frame.denied], ["run_1", "req_1", { choice: 2 }, undefined]);
+      assert.deepEqual(
+        [frame.run_id, frame.request_id, frame.value, frame.denied],
+        ["run_1", "req_1", { choice: 2 }, undefined],
+      );
       connection.send({ type: "ack", id: frame.id });
       await answered;
       const denied = client.denyInput("run_1", "req_1");
@@ -184,15 +211,19 @@ if (hasWebSocket(fileURLToPath(import.meta.url))) {
     for (const code of [4401, 4403, 1008]) {
       test(`close code ${code} stops it`, async () => {
         const connection = await live();
-        const pending = assert.rejects(client.sendMessage({ threadId: "t1", content: "Hi" }), { code: "not_connected" });
+        const pending = assert.rejects(client.sendMessage({ threadId: "t1", content: "Hi" }), {
+          code: "not_connected",
+        });
         await connection.next("user_message");
         connection.close(code, "because");
-        assert.deepEqual(
-          (({ code: seen, reason }) => ({ seen, reason }))(await reach("stopped")),
-          { seen: code, reason: "because" },
-        );
+        assert.deepEqual((({ code: seen, reason }) => ({ seen, reason }))(await reach("stopped")), {
+          seen: code,
+          reason: "because",
+        });
         await pending;
-        await assert.rejects(client.sendMessage({ threadId: "t1", content: "Hi" }), { code: "not_connected" });
+        await assert.rejects(client.sendMessage({ threadId: "t1", content: "Hi" }), {
+          code: "not_connected",
+        });
         assert.equal(gateway.connections.length, 1);
       });
     }
@@ -218,12 +249,18 @@ if (hasWebSocket(fileURLToPath(import.meta.url))) {
     });
 
     test("a refused upgrade is explained by the ticket endpoint: 401 stops it", async () => {
-      gateway.refusal = { status: 401, body: { title: "Unauthorized", detail: "The token has expired." } };
+      gateway.refusal = {
+        status: 401,
+        body: { title: "Unauthorized", detail: "The token has expired." },
+      };
       newClient().connect();
       const { code, reason } = await reach("stopped");
       assert.deepEqual([code, reason], [401, "The token has expired."]);
       const [{ path, method, headers }] = gateway.ticketRequests;
-      assert.deepEqual([path, method, headers.authorization], ["/v1/tickets", "POST", "Bearer a.b.c"]);
+      assert.deepEqual(
+        [path, method, headers.authorization],
+        ["/v1/tickets", "POST", "Bearer a.b.c"],
+      );
       assert.equal(gateway.ticketRequests.length, 1);
     });
 
@@ -252,8 +289,12 @@ if (hasWebSocket(fileURLToPath(import.meta.url))) {
       const { url } = gateway;
       await gateway.stop();
       newClient({ url, random: () => 0.05 }).connect();
-      while (states.filter(({ retryAt }) => retryAt !== null).length < 3) await once(client, "state");
-      assert.match(states.findLast(({ state }) => state === "reconnecting").reason, /could not be reached/);
+      while (states.filter(({ retryAt }) => retryAt !== null).length < 3)
+        await once(client, "state");
+      assert.match(
+        states.findLast(({ state }) => state === "reconnecting").reason,
+        /could not be reached/,
+      );
     });
 
     test("a malformed token stops it instead of throwing", () => {
@@ -290,7 +331,10 @@ if (hasWebSocket(fileURLToPath(import.meta.url))) {
       const silentAt = performance.now();
       await again;
       assert.ok(performance.now() - silentAt >= 180);
-      assert.equal(states.findLast(({ state }) => state === "reconnecting").reason, "The gateway went silent.");
+      assert.equal(
+        states.findLast(({ state }) => state === "reconnecting").reason,
+        "The gateway went silent.",
+      );
     });
 
     test("a hole makes it read again from before the hole", async () => {
@@ -318,7 +362,11 @@ if (hasWebSocket(fileURLToPath(import.meta.url))) {
 
     test("degraded is shown until it ends", async () => {
       const connection = await live();
-      connection.send({ type: "degraded", reason: "Redis does not answer.", since: new Date().toISOString() });
+      connection.send({
+        type: "degraded",
+        reason: "Redis does not answer.",
+        since: new Date().toISOString(),
+      });
       assert.equal((await reach("degraded")).reason, "Redis does not answer.");
       connection.send({ type: "degraded", ended: true });
       await reach("live");
@@ -340,7 +388,19 @@ if (hasWebSocket(fileURLToPath(import.meta.url))) {
 
     test("runs of a reloaded page can be stopped before any event comes", async () => {
       const connection = await live({
-        runs: [{ run_id: "run_7", thread_id: "t", agent: "docs", status: "running", attempt: 1, first_offset: 3, open_tools: [], open_inputs: [], cancel_requested: false }],
+        runs: [
+          {
+            run_id: "run_7",
+            thread_id: "t",
+            agent: "docs",
+            status: "running",
+            attempt: 1,
+            first_offset: 3,
+            open_tools: [],
+            open_inputs: [],
+            cancel_requested: false,
+          },
+        ],
       });
       const [run] = client.store.active();
       const stopped = client.cancel(run.runId, "enough");

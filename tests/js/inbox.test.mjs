@@ -1,10 +1,21 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { codePointLength, Inbox, parsePosition, RunStore, textOf } from "../../gateway/static/relay-client.js";
+import {
+  codePointLength,
+  Inbox,
+  parsePosition,
+  RunStore,
+  textOf,
+} from "../../gateway/static/relay-client.js";
 import { History } from "./support/history.mjs";
 
-const established = (position, fields = {}) => ({ type: "connection_established", position, recovered: true, ...fields });
+const established = (position, fields = {}) => ({
+  type: "connection_established",
+  position,
+  recovered: true,
+  ...fields,
+});
 
 function connected(position = "e1:0") {
   const inbox = new Inbox();
@@ -12,18 +23,36 @@ function connected(position = "e1:0") {
   return inbox;
 }
 
-const offsets = (effects) => effects.filter(({ kind }) => kind === "event").map(({ event }) => event.offset);
+const offsets = (effects) =>
+  effects.filter(({ kind }) => kind === "event").map(({ event }) => event.offset);
 
 function parts(event, size) {
   const text = JSON.stringify(event);
   const pieces = [];
   for (let at = 0; at < text.length; at += size) pieces.push(text.slice(at, at + size));
-  return pieces.map((piece, index) => ({ type: "event_part", offset: event.offset, index, total: pieces.length, text: piece }));
+  return pieces.map((piece, index) => ({
+    type: "event_part",
+    offset: event.offset,
+    index,
+    total: pieces.length,
+    text: piece,
+  }));
 }
 
 test("positions are read strictly", () => {
   assert.deepEqual(parsePosition("a:b:12"), { epoch: "a:b", offset: 12 });
-  for (const bad of [null, 7, "", ":1", "e", "e:", "e:-1", "e:1.5", "e:x", "e:99999999999999999999"]) {
+  for (const bad of [
+    null,
+    7,
+    "",
+    ":1",
+    "e",
+    "e:",
+    "e:-1",
+    "e:1.5",
+    "e:x",
+    "e:99999999999999999999",
+  ]) {
     assert.equal(parsePosition(bad), null, String(bad));
   }
 });
@@ -93,7 +122,11 @@ test("a hole in the text is seen by code points", () => {
   const history = new History();
   inbox.receive(history.lifecycle("agent_started"));
   inbox.receive(history.delta("m1", 0, "🙂🙂"));
-  assert.deepEqual(offsets(inbox.receive(history.delta("m1", 2, "ab"))), [3], "two code points, four units");
+  assert.deepEqual(
+    offsets(inbox.receive(history.delta("m1", 2, "ab"))),
+    [3],
+    "two code points, four units",
+  );
   assert.equal(inbox.receive(history.delta("m1", 5, "late"))[0].kind, "gap");
 });
 
@@ -109,7 +142,10 @@ test("a run that is joined in the middle has no hole before it", () => {
   const history = new History();
   const events = history.exampleRun();
   const late = events.slice(5).map((event) => ({ ...event, offset: event.offset + 50 }));
-  assert.equal(late.flatMap((event) => inbox.receive(event)).every(({ kind }) => kind === "event"), true);
+  assert.equal(
+    late.flatMap((event) => inbox.receive(event)).every(({ kind }) => kind === "event"),
+    true,
+  );
 });
 
 test("a delta from where the client is known to be, or from 0, is no hole", () => {
@@ -167,11 +203,18 @@ test("a repeated part counts once", () => {
 test("a reset drops the position, the seq baselines and the texts", () => {
   const inbox = connected("e1:0");
   const history = new History();
-  history.exampleRun().slice(0, 4).forEach((event) => inbox.receive(event));
+  history
+    .exampleRun()
+    .slice(0, 4)
+    .forEach((event) => inbox.receive(event));
   inbox.receive({ type: "reset", position: "e2:40", reason: "history was cut", runs: [] });
   assert.equal(inbox.since, "e2:40");
   const later = history.lifecycle("agent_thinking", { thought: "x" });
-  assert.deepEqual(offsets(inbox.receive({ ...later, offset: 41, seq: 30 })), [41], "seq 30 is a baseline, not a hole");
+  assert.deepEqual(
+    offsets(inbox.receive({ ...later, offset: 41, seq: 30 })),
+    [41],
+    "seq 30 is a baseline, not a hole",
+  );
 });
 
 test("a reset to a lower offset lets the new history in", () => {
@@ -198,7 +241,9 @@ function resumed(events, since) {
   }
   return events
     .filter((event) => event.offset > since && event.type !== "tool_progress")
-    .filter((event) => event.type !== "text_delta" || lastOf.get(event.data.message_id) === event.offset)
+    .filter(
+      (event) => event.type !== "text_delta" || lastOf.get(event.data.message_id) === event.offset,
+    )
     .map((event) =>
       event.type === "text_delta"
         ? { ...event, data: { ...event.data, position: 0, text: texts.get(event.data.message_id) } }
@@ -213,7 +258,14 @@ test("coming back after every prefix ends as if never away", () => {
   history.delta("m9", 0, "half", { run: "run_2" });
   const { events } = history;
   const final = (store) =>
-    [...store.runs.values()].map((run) => [run.runId, run.status, run.lastSeq, run.hasHole, textOf(run), run.result]);
+    [...store.runs.values()].map((run) => [
+      run.runId,
+      run.status,
+      run.lastSeq,
+      run.hasHole,
+      textOf(run),
+      run.result,
+    ]);
   const whole = new RunStore();
   events.forEach((event) => whole.apply(event));
   for (let cut = 0; cut <= events.length; cut += 1) {

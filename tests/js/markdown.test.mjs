@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 
-import { MarkdownStream, parseInline, parseMarkdown, safeHref } from "../../gateway/static/markdown.js";
+import { MarkdownStream, parseMarkdown } from "../../gateway/static/markdown.js";
+import { parseInline, safeHref } from "../../gateway/static/markdown-inline.js";
 
 const PLACES = new Set(["raw", "start", "from", "to", "hasGap"]);
 
@@ -24,7 +25,9 @@ function* nodesOf(value) {
 }
 
 function plain(value) {
-  return [...nodesOf(value)].map((node) => (typeof node.text === "string" ? node.text : "")).join("");
+  return [...nodesOf(value)]
+    .map((node) => (typeof node.text === "string" ? node.text : ""))
+    .join("");
 }
 
 describe("blocks", () => {
@@ -49,7 +52,12 @@ describe("blocks", () => {
 
   test("an unterminated fence is code up to the end", () => {
     const [code, ...rest] = parse("```js\nconst a = 1;\n\n<script>alert(1)</script>");
-    assert.deepEqual(code, { type: "code", language: "js", text: "const a = 1;\n\n<script>alert(1)</script>", isClosed: false });
+    assert.deepEqual(code, {
+      type: "code",
+      language: "js",
+      text: "const a = 1;\n\n<script>alert(1)</script>",
+      isClosed: false,
+    });
     assert.deepEqual(rest, []);
   });
 
@@ -62,7 +70,10 @@ describe("blocks", () => {
     assert.equal(list.isOrdered, true);
     assert.equal(list.items.length, 2);
     const [, inner] = list.items[0].blocks;
-    assert.deepEqual(inner.items.map((item) => plain(item.blocks[0])), ["a", "b"]);
+    assert.deepEqual(
+      inner.items.map((item) => plain(item.blocks[0])),
+      ["a", "b"],
+    );
     assert.equal(inner.items[1].blocks[1].isOrdered, true);
     assert.equal(list.isTight, true);
   });
@@ -84,7 +95,10 @@ describe("blocks", () => {
   });
 
   test("task items", () => {
-    assert.deepEqual(parse("- [x] done\n- [ ] open\n- [link] none")[0].items.map((item) => item.isChecked), [true, false, null]);
+    assert.deepEqual(
+      parse("- [x] done\n- [ ] open\n- [link] none")[0].items.map((item) => item.isChecked),
+      [true, false, null],
+    );
   });
 
   test("quotes, also lazy and nested", () => {
@@ -106,20 +120,32 @@ describe("blocks", () => {
   });
 
   test("rules are not lists", () => {
-    assert.deepEqual(parse("- a\n\n---\n\n* * *").map(({ type }) => type), ["list", "rule", "rule"]);
+    assert.deepEqual(
+      parse("- a\n\n---\n\n* * *").map(({ type }) => type),
+      ["list", "rule", "rule"],
+    );
   });
 
   test("line ends of Windows", () => {
-    assert.deepEqual(parse("a\r\nb\r\n\r\n- c\r\n").map(({ type }) => type), ["paragraph", "list"]);
+    assert.deepEqual(
+      parse("a\r\nb\r\n\r\n- c\r\n").map(({ type }) => type),
+      ["paragraph", "list"],
+    );
   });
 });
 
 describe("inline", () => {
   test("emphasis", () => {
     assert.deepEqual(parseInline("*a **b** c*"), [
-      { type: "emphasis", children: [text("a "), { type: "strong", children: [text("b")] }, text(" c")] },
+      {
+        type: "emphasis",
+        children: [text("a "), { type: "strong", children: [text("b")] }, text(" c")],
+      },
     ]);
-    assert.deepEqual(parseInline("~~gone~~ ~5"), [{ type: "strike", children: [text("gone")] }, text(" ~5")]);
+    assert.deepEqual(parseInline("~~gone~~ ~5"), [
+      { type: "strike", children: [text("gone")] },
+      text(" ~5"),
+    ]);
   });
 
   test("snake_case, 2*3*4 and lone marks stay as they are", () => {
@@ -136,12 +162,23 @@ describe("inline", () => {
 
   test("escapes, entities and hard breaks", () => {
     assert.deepEqual(parseInline("\\*a\\* &lt;b&gt; &copy;"), [text("*a* <b> &copy;")]);
-    assert.deepEqual(parseInline("a  \nb\\\nc"), [text("a"), { type: "break" }, text("b"), { type: "break" }, text("c")]);
+    assert.deepEqual(parseInline("a  \nb\\\nc"), [
+      text("a"),
+      { type: "break" },
+      text("b"),
+      { type: "break" },
+      text("c"),
+    ]);
   });
 
   test("links", () => {
     assert.deepEqual(parseInline('[a *b*](https://x.org/p_(q) "t")'), [
-      { type: "link", href: "https://x.org/p_(q)", title: "t", children: [text("a "), { type: "emphasis", children: [text("b")] }] },
+      {
+        type: "link",
+        href: "https://x.org/p_(q)",
+        title: "t",
+        children: [text("a "), { type: "emphasis", children: [text("b")] }],
+      },
     ]);
     assert.equal(parseInline("<https://x.org>")[0].href, "https://x.org/");
     assert.equal(parseInline("see https://x.org/a.")[1].href, "https://x.org/a");
@@ -150,15 +187,26 @@ describe("inline", () => {
   });
 
   test("links do not nest", () => {
-    for (const source of ["[a [b](https://b.org) c](https://c.org)", "[see https://b.org](https://c.org)", "[![i](https://b.org)](https://c.org)"]) {
+    for (const source of [
+      "[a [b](https://b.org) c](https://c.org)",
+      "[see https://b.org](https://c.org)",
+      "[![i](https://b.org)](https://c.org)",
+    ]) {
       for (const { type, children } of nodesOf(parseInline(source))) {
-        if (type === "link") assert.equal([...nodesOf(children)].some((node) => node.type === "link"), false, source);
+        if (type === "link")
+          assert.equal(
+            [...nodesOf(children)].some((node) => node.type === "link"),
+            false,
+            source,
+          );
       }
     }
   });
 
   test("a file of the project is a reference, not a link", () => {
-    assert.deepEqual(parseInline("[ADR](docs/adr/1.md)"), [{ type: "reference", target: "docs/adr/1.md", children: [text("ADR")] }]);
+    assert.deepEqual(parseInline("[ADR](docs/adr/1.md)"), [
+      { type: "reference", target: "docs/adr/1.md", children: [text("ADR")] },
+    ]);
   });
 
   test("an image is a link: nothing is fetched because an agent says so", () => {
@@ -190,7 +238,14 @@ describe("hostile input", () => {
 
   test("no way of writing a link gets another scheme through", () => {
     for (const address of ADDRESSES) {
-      for (const source of [`[x](${address})`, `[x](<${address}>)`, `![x](${address})`, `<${address}>`, address, `[x](${address} "t")`]) {
+      for (const source of [
+        `[x](${address})`,
+        `[x](<${address}>)`,
+        `![x](${address})`,
+        `<${address}>`,
+        address,
+        `[x](${address} "t")`,
+      ]) {
         for (const node of nodesOf(parseMarkdown(source))) {
           if (node.type === "link") assert.match(node.href, /^(https?|mailto):/, source);
         }
@@ -204,7 +259,22 @@ describe("hostile input", () => {
   });
 
   test("text survives: nothing is lost of what has no meaning", () => {
-    for (const source of ["[a](b", "[[[", "]]](", "![", "<", "&", "\\", "**a", "a |", "http://", "[](", "[]()", "`", "~~~~"]) {
+    for (const source of [
+      "[a](b",
+      "[[[",
+      "]]](",
+      "![",
+      "<",
+      "&",
+      "\\",
+      "**a",
+      "a |",
+      "http://",
+      "[](",
+      "[]()",
+      "`",
+      "~~~~",
+    ]) {
       assert.doesNotThrow(() => parseMarkdown(source), source);
     }
     assert.equal(plain(parse("[a](b")), "[a](b");
@@ -219,7 +289,9 @@ describe("hostile input", () => {
     "closed brackets": "]".repeat(60_000),
     backticks: Array.from({ length: 400 }, (_, length) => "`".repeat(length + 1)).join("a"),
     quotes: ">".repeat(60_000),
-    "nested lists": Array.from({ length: 1_500 }, (_, depth) => `${" ".repeat(depth * 2)}- x`).join("\n"),
+    "nested lists": Array.from({ length: 1_500 }, (_, depth) => `${" ".repeat(depth * 2)}- x`).join(
+      "\n",
+    ),
     "list marks": "- ".repeat(30_000),
     "wide table": `${"|".repeat(30_000)}\n${"|-".repeat(30_000)}`,
     "closing parentheses": `http://a${")".repeat(60_000)} `.repeat(2),
@@ -285,10 +357,11 @@ End *of* it — 🙂`;
     const whole = tree(parseMarkdown(ANSWER));
     for (let round = 0; round < 150; round += 1) {
       const stream = new MarkdownStream();
-      for (let end = 0; end < ANSWER.length; ) {
+      for (let end = 0; end < ANSWER.length;) {
         end = Math.min(ANSWER.length, end + 1 + Math.floor(Math.random() * (1 + (round % 40))));
         stream.update(ANSWER.slice(0, end));
-        if (round < 5) assert.deepEqual(tree(stream.blocks), tree(parseMarkdown(ANSWER.slice(0, end))));
+        if (round < 5)
+          assert.deepEqual(tree(stream.blocks), tree(parseMarkdown(ANSWER.slice(0, end))));
       }
       assert.deepEqual(tree(stream.blocks), whole);
     }

@@ -1,7 +1,14 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { isEnded, isUnbroken, openInputs, openTools, RunStore, textOf } from "../../gateway/static/relay-client.js";
+import {
+  isEnded,
+  isUnbroken,
+  openInputs,
+  openTools,
+  RunStore,
+  textOf,
+} from "../../gateway/static/relay-client.js";
 import { History } from "./support/history.mjs";
 
 function storeOf(events) {
@@ -13,8 +20,9 @@ function storeOf(events) {
 /** What of a run matters to a reader; versions only count changes. */
 function seen(run) {
   return JSON.parse(
-    JSON.stringify({ ...run, messages: run.messages.map(({ messageId, text }) => [messageId, String(text)]) }, (key, value) =>
-      key === "version" || key === "item" ? undefined : value,
+    JSON.stringify(
+      { ...run, messages: run.messages.map(({ messageId, text }) => [messageId, String(text)]) },
+      (key, value) => (key === "version" || key === "item" ? undefined : value),
     ),
   );
 }
@@ -40,19 +48,43 @@ test("the status follows the events", () => {
   const history = new History();
   const store = new RunStore();
   const status = (event) => store.apply(event).status;
-  assert.equal(status(history.lifecycle("agent_queued", { message_id: "m", content: "Hi" })), "queued");
+  assert.equal(
+    status(history.lifecycle("agent_queued", { message_id: "m", content: "Hi" })),
+    "queued",
+  );
   assert.equal(status(history.lifecycle("agent_started")), "running");
-  assert.equal(status(history.lifecycle("tool_executing", { tool_call_id: "a", tool_name: "x" })), "running");
-  assert.equal(status(history.lifecycle("input_requested", { request_id: "r", prompt: "Go?", kind: "approval" })), "waiting");
+  assert.equal(
+    status(history.lifecycle("tool_executing", { tool_call_id: "a", tool_name: "x" })),
+    "running",
+  );
+  assert.equal(
+    status(
+      history.lifecycle("input_requested", { request_id: "r", prompt: "Go?", kind: "approval" }),
+    ),
+    "waiting",
+  );
   assert.equal(openInputs(store.runs.get("run_1")).length, 1);
-  assert.equal(status(history.lifecycle("input_resolved", { request_id: "r", outcome: "answered", value: true, by: "alice" })), "running");
+  assert.equal(
+    status(
+      history.lifecycle("input_resolved", {
+        request_id: "r",
+        outcome: "answered",
+        value: true,
+        by: "alice",
+      }),
+    ),
+    "running",
+  );
   assert.equal(openTools(store.runs.get("run_1")).length, 1);
   assert.equal(status(history.lifecycle("agent_stalled", { idle_ms: 60_000 })), "running");
   assert.equal(store.runs.get("run_1").isStalled, true);
   assert.equal(status(history.lifecycle("cancel_requested", { by: "alice" })), "running");
   assert.equal(store.runs.get("run_1").isStalled, false);
   assert.deepEqual(store.runs.get("run_1").cancelRequested, { by: "alice", reason: null });
-  assert.equal(status(history.lifecycle("agent_cancelled", { by: "alice", duration_ms: 5 })), "cancelled");
+  assert.equal(
+    status(history.lifecycle("agent_cancelled", { by: "alice", duration_ms: 5 })),
+    "cancelled",
+  );
   assert.equal(openTools(store.runs.get("run_1")).length, 0, "no bar grows after the end");
 });
 
@@ -86,7 +118,11 @@ test("text that history sends joined ends in the same state", () => {
   const history = new History();
   history.exampleRun();
   const joined = history.events
-    .filter(({ type, data }) => type !== "tool_progress" && !(type === "text_delta" && data.position + data.text.length < 12))
+    .filter(
+      ({ type, data }) =>
+        type !== "tool_progress" &&
+        !(type === "text_delta" && data.position + data.text.length < 12),
+    )
     .map((event) =>
       event.type === "text_delta" && event.data.message_id === "m1"
         ? { ...event, data: { ...event.data, position: 0, text: "Because 🙂🙂 of it." } }
@@ -94,6 +130,19 @@ test("text that history sends joined ends in the same state", () => {
     );
   const run = storeOf(joined).runs.get("run_1");
   assert.equal(textOf(run), run.result);
+});
+
+test("writing begins at the event before it, also where the text comes in one piece", () => {
+  const history = new History();
+  const started = history.lifecycle("agent_started");
+  history.delta("m1", 0, "a");
+  history.delta("m1", 1, "b");
+  const last = history.delta("m1", 2, "c");
+  const whole = { ...last, data: { ...last.data, position: 0, text: "abc" } };
+  for (const events of [history.events, [started, whole]]) {
+    const { item } = storeOf(events).runs.get("run_1").messages[0];
+    assert.deepEqual([item.at, item.lastAt], [started.timestamp, last.timestamp]);
+  }
 });
 
 test("a retry supersedes all output of earlier attempts", () => {
@@ -132,7 +181,10 @@ test("nothing is applied after the terminal event", () => {
   const history = new History();
   history.exampleRun();
   const store = storeOf(history.events);
-  assert.equal(store.apply(history.lifecycle("agent_error", { code: "internal", error_message: "late" })), null);
+  assert.equal(
+    store.apply(history.lifecycle("agent_error", { code: "internal", error_message: "late" })),
+    null,
+  );
   assert.equal(store.apply(history.delta("m9", 0, "late")), null);
   assert.equal(store.runs.get("run_1").status, "completed");
 });
@@ -148,7 +200,9 @@ test("a hole in seq is remembered", () => {
 test("a run whose beginning is no longer kept is not a hole, and not unbroken", () => {
   const history = new History();
   history.exampleRun();
-  const run = storeOf(history.events.filter((event) => event.seq > 6 || !event.seq)).runs.get("run_1");
+  const run = storeOf(history.events.filter((event) => event.seq > 6 || !event.seq)).runs.get(
+    "run_1",
+  );
   assert.equal(run.hasHole, false);
   assert.equal(isUnbroken(run), false);
   assert.equal(run.firstSeq, 7);
@@ -163,7 +217,9 @@ const OUTLINE = {
   attempt: 1,
   first_offset: 1,
   open_tools: [{ tool_call_id: "a", tool_name: "search" }],
-  open_inputs: [{ request_id: "r", prompt: "Go?", kind: "approval", expires_at: "2026-11-22T15:00:00.000Z" }],
+  open_inputs: [
+    { request_id: "r", prompt: "Go?", kind: "approval", expires_at: "2026-11-22T15:00:00.000Z" },
+  ],
   cancel_requested: false,
 };
 
@@ -187,7 +243,13 @@ test("events that go on from an outline fill it in instead of doubling it", () =
   store.outline([OUTLINE]);
   const at = "2026-11-22T14:00:00.000Z";
   const event = { run_id: "run_1", thread_id: "t1", agent: "docs", attempt: 1, timestamp: at };
-  store.apply({ ...event, type: "tool_executing", seq: 5, offset: 9, data: { tool_call_id: "a", tool_name: "search", parameters: { q: 1 } } });
+  store.apply({
+    ...event,
+    type: "tool_executing",
+    seq: 5,
+    offset: 9,
+    data: { tool_call_id: "a", tool_name: "search", parameters: { q: 1 } },
+  });
   const run = store.runs.get("run_1");
   assert.equal(run.items.filter((item) => item.type === "tool_executing").length, 1);
   assert.deepEqual(run.items.find((item) => item.type === "tool_executing").parameters, { q: 1 });
@@ -215,8 +277,14 @@ test("runs of a thread come in the order of their first event", () => {
   history.lifecycle("agent_queued", { content: "2" }, { run: "a" });
   history.lifecycle("agent_queued", { content: "3" }, { run: "m", thread: "other" });
   const store = storeOf(history.events);
-  assert.deepEqual(store.ofThread("t1").map((run) => run.runId), ["z", "a"]);
-  assert.deepEqual(store.active().map((run) => run.runId), ["z", "a", "m"]);
+  assert.deepEqual(
+    store.ofThread("t1").map((run) => run.runId),
+    ["z", "a"],
+  );
+  assert.deepEqual(
+    store.active().map((run) => run.runId),
+    ["z", "a", "m"],
+  );
 });
 
 test("a page that stays open does not keep every run for ever", () => {

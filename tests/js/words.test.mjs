@@ -1,14 +1,42 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { activityOf, choicesOf, completenessOf, elapsedOf, stoppedBy, titleOf } from "../../gateway/static/describe.js";
-import { count, formatBrief, formatDuration, formatElapsed, formatName, formatValue } from "../../gateway/static/format.js";
+import {
+  activityOf,
+  choicesOf,
+  completenessOf,
+  elapsedOf,
+  stoppedBy,
+  titleOf,
+} from "../../gateway/static/describe.js";
+import {
+  count,
+  formatBrief,
+  formatDuration,
+  formatElapsed,
+  formatName,
+  formatValue,
+} from "../../gateway/static/format.js";
 import { RunStore } from "../../gateway/static/relay-client.js";
 import { History } from "./support/history.mjs";
 
 test("durations read well at every size", () => {
-  const read = [0, 840, 999.4, 999.6, 4_240, 9_949, 9_960, 59_400, 59_600, 185_000, 3_840_000].map(formatDuration);
-  assert.deepEqual(read, ["0 ms", "840 ms", "999 ms", "1.0 s", "4.2 s", "9.9 s", "10 s", "59 s", "1 min 00 s", "3 min 05 s", "1 h 04 min"]);
+  const read = [0, 840, 999.4, 999.6, 4_240, 9_949, 9_960, 59_400, 59_600, 185_000, 3_840_000].map(
+    formatDuration,
+  );
+  assert.deepEqual(read, [
+    "0 ms",
+    "840 ms",
+    "999 ms",
+    "1.0 s",
+    "4.2 s",
+    "9.9 s",
+    "10 s",
+    "59 s",
+    "1 min 00 s",
+    "3 min 05 s",
+    "1 h 04 min",
+  ]);
   assert.equal(formatDuration(-5), "0 ms", "clocks that disagree do not show negative times");
   assert.equal(formatElapsed(12_340), "12.3 s");
 });
@@ -28,12 +56,24 @@ test("what a run is doing, in words", () => {
   const history = new History();
   const store = new RunStore();
   const now = (event) => activityOf(store.apply(event));
-  assert.equal(now(history.lifecycle("agent_queued", { content: "# Hello\nworld" })), "Waiting for a worker");
+  assert.equal(
+    now(history.lifecycle("agent_queued", { content: "# Hello\nworld" })),
+    "Waiting for a worker",
+  );
   assert.equal(now(history.lifecycle("agent_started")), "Thinking");
-  assert.equal(now(history.lifecycle("agent_thinking", { thought: "Which files?" })), "Which files?");
-  assert.equal(now(history.lifecycle("tool_executing", { tool_call_id: "a", tool_name: "find_rows" })), "Find rows");
+  assert.equal(
+    now(history.lifecycle("agent_thinking", { thought: "Which files?" })),
+    "Which files?",
+  );
+  assert.equal(
+    now(history.lifecycle("tool_executing", { tool_call_id: "a", tool_name: "find_rows" })),
+    "Find rows",
+  );
   assert.equal(now(history.progress("a", 41.6)), "Find rows, 42 %");
-  assert.equal(now(history.lifecycle("input_requested", { request_id: "r", prompt: "?", kind: "text" })), "Waiting for your answer");
+  assert.equal(
+    now(history.lifecycle("input_requested", { request_id: "r", prompt: "?", kind: "text" })),
+    "Waiting for your answer",
+  );
   assert.equal(now(history.lifecycle("cancel_requested", { by: "bob" })), "Stopping");
   const run = store.runs.get("run_1");
   assert.equal(titleOf([run]), "# Hello");
@@ -52,7 +92,9 @@ test("choices come from a JSON schema", () => {
     { value: "a", label: "a" },
     { value: 2, label: "2" },
   ]);
-  assert.deepEqual(choicesOf({ oneOf: [{ const: 1, title: "One" }] }), [{ value: 1, label: "One" }]);
+  assert.deepEqual(choicesOf({ oneOf: [{ const: 1, title: "One" }] }), [
+    { value: 1, label: "One" },
+  ]);
   assert.deepEqual(choicesOf(null), []);
 });
 

@@ -35,20 +35,36 @@ export class ScriptedGateway extends EventEmitter {
   }
 
   #answer(request, response) {
-    this.ticketRequests.push({ path: request.url, method: request.method, headers: request.headers });
+    this.ticketRequests.push({
+      path: request.url,
+      method: request.method,
+      headers: request.headers,
+    });
     this.emit("ticket");
-    const { status = 200, headers = {}, body = { ticket: "once", expires_in_s: 30 } } = this.refusal ?? {};
-    response.writeHead(status, { "Content-Type": "application/json", Connection: "close", ...headers });
+    const {
+      status = 200,
+      headers = {},
+      body = { ticket: "once", expires_in_s: 30 },
+    } = this.refusal ?? {};
+    response.writeHead(status, {
+      "Content-Type": "application/json",
+      Connection: "close",
+      ...headers,
+    });
     response.end(JSON.stringify(body));
   }
 
   #upgrade(request, socket) {
     socket.on("error", () => socket.destroy());
     if (this.refusal) {
-      socket.end(`HTTP/1.1 ${this.refusal.status} Refused\r\nConnection: close\r\nContent-Length: 0\r\n\r\n`);
+      socket.end(
+        `HTTP/1.1 ${this.refusal.status} Refused\r\nConnection: close\r\nContent-Length: 0\r\n\r\n`,
+      );
       return;
     }
-    const accept = createHash("sha1").update(request.headers["sec-websocket-key"] + MAGIC).digest("base64");
+    const accept = createHash("sha1")
+      .update(request.headers["sec-websocket-key"] + MAGIC)
+      .digest("base64");
     socket.write(
       "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
         `Sec-WebSocket-Accept: ${accept}\r\nSec-WebSocket-Protocol: relay.v1\r\n\r\n`,
@@ -137,10 +153,17 @@ class Connection extends EventEmitter {
       const short = buffer[1] & 0x7f;
       const at = short === 126 ? 4 : short === 127 ? 10 : 2;
       if (buffer.length < at + 4) return;
-      const length = short === 126 ? buffer.readUInt16BE(2) : short === 127 ? Number(buffer.readBigUInt64BE(2)) : short;
+      const length =
+        short === 126
+          ? buffer.readUInt16BE(2)
+          : short === 127
+            ? Number(buffer.readBigUInt64BE(2))
+            : short;
       if (buffer.length < at + 4 + length) return;
       const mask = buffer.subarray(at, at + 4);
-      const payload = Buffer.from(buffer.subarray(at + 4, at + 4 + length)).map((byte, index) => byte ^ mask[index % 4]);
+      const payload = Buffer.from(buffer.subarray(at + 4, at + 4 + length)).map(
+        (byte, index) => byte ^ mask[index % 4],
+      );
       this.#buffer = buffer.subarray(at + 4 + length);
       if ((buffer[0] & 0x0f) === 0x1) {
         this.received.push(JSON.parse(payload.toString()));
