@@ -445,7 +445,7 @@ function describe(item, userId) {
     case "cancel_requested":
       return {
         title: "Stop requested",
-        tag: item.by && item.by !== userId ? item.by : "",
+        tag: item.by && item.by !== userId && item.by !== "user" ? item.by : "",
         text: item.reason,
       };
     case "custom":
