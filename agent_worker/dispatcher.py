@@ -31,7 +31,7 @@ from agent_worker.patience import REDIS_AWAY, delays, until_redis_answers
 from agent_worker.run import Request, RunInfo
 from agent_worker.task_streams import EntryKey, GroupMissing, TaskEntry, TaskStreams
 from relay.codec import Task, decode_task
-from relay.errors import DecodingFailed, StaleFence
+from relay.errors import DecodingFailed
 from relay.keys import Keys
 from relay.publisher import Publisher
 from relay.run_model import AgentInfo, Claim, NotClaimed
@@ -167,13 +167,12 @@ class Dispatcher:
             await self._settle(entry)
             return
         try:
-            task = self._decode(entry)
-            is_settled = await self._carry_out_run(task)
+            await self._carry_out_run(self._decode(entry))
         except (DecodingFailed, ScriptFailed) as error:
             await self._bury(entry, str(error))
         else:
-            if is_settled:
-                await self._settle(entry)
+            # Also after a refusal: whoever superseded the attempt was told by a task of its own.
+            await self._settle(entry)
 
     def _decode(self, entry: TaskEntry) -> Task:
         if entry.payload is None:
@@ -186,11 +185,10 @@ class Dispatcher:
             )
         return task
 
-    async def _carry_out_run(self, task: Task) -> bool:
-        """Claim and carry out a run; say whether its task is done with."""
+    async def _carry_out_run(self, task: Task) -> None:
         if task.run_id in self._at_work:
             metrics.TASKS_SKIPPED.labels("in_hand").inc()
-            return True
+            return
         execution = RunExecution(
             self._definitions[task.agent], cancel_grace_s=self._limits.cancel_grace_s
         )
@@ -202,12 +200,10 @@ class Dispatcher:
             if isinstance(claim, NotClaimed):
                 metrics.TASKS_SKIPPED.labels(claim.reason).inc()
                 _log.info("task_skipped", run_id=task.run_id, reason=claim.reason)
-                return True
+                return
             if self._is_closing:
                 execution.request_stop(WorkerStops())
             await self._execute(claim, execution)
-            # Whoever has superseded this attempt may hold the same entry: it is theirs to settle.
-            return not isinstance(execution.refusal, StaleFence)
         finally:
             del self._at_work[task.run_id]
 

@@ -97,11 +97,6 @@ class RunExecution:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
 
-    @property
-    def refusal(self) -> PublishRefused | None:
-        """Why Redis takes nothing of this attempt any more, None while it does."""
-        return self._refusal
-
     def request_stop(self, cause: StopCause) -> None:
         """Stop the agent and end the run for this cause, unless it is ending already."""
         if self._cause is None:

@@ -33,6 +33,7 @@ from relay.config import Settings
 from relay.errors import ConfigurationError
 from relay.keys import Keys
 from relay.publisher import Publisher
+from relay.reaper import Reaper
 from relay.runs import RunRegistry
 from relay.scripts import LogLimits, RedisLink, ScriptFailed
 
@@ -40,6 +41,9 @@ AgentFunction = TypeVar("AgentFunction", bound=Callable[..., object])
 
 LAST_EVENTS_TIMEOUT_S = 5.0
 """How long the end waits for Redis to take the last events; after that the reaper ends the runs."""
+
+WORKERS_SHARE_OF_GRACE = 0.8
+"""A cancelled run is ended by its worker before the reaper would do it: the worker knows more."""
 
 STOP_READING_TIMEOUT_S = BLOCK_MS / 1000 + 0.5
 
@@ -221,8 +225,14 @@ class RunningWorker:
             DispatcherLimits(
                 settings.worker_concurrency,
                 settings.lease_ms,
-                settings.cancel_grace_ms / 1000,
+                settings.cancel_grace_ms / 1000 * WORKERS_SHARE_OF_GRACE,
             ),
+        )
+        self._reaper = Reaper(
+            self._link,
+            keys,
+            lease_ms=settings.lease_ms,
+            cancel_grace_ms=settings.cancel_grace_ms,
         )
         self._signals = SignalListener(
             self._link, keys.worker(self.worker_id), self._dispatcher.cancel
@@ -266,6 +276,7 @@ class RunningWorker:
             stack.push_async_callback(self._streams.aclose)
             await self._link.check()
             await stack.enter_async_context(self._publisher)
+            await stack.enter_async_context(self._reaper)
             stack.push_async_callback(self._signals.aclose)
             await self._signals.start()
             await self._dispatcher.register()

@@ -107,10 +107,11 @@ async def test_worker_never_has_more_tasks_than_its_concurrency(
             nonlocal most, most_pending
             at_work.add(run.run_id)
             most = max(most, len(at_work))
-            pending = 0
-            for name in names:
-                summary = await client.link.client.xpending(client.keys.tasks(name), "workers")
-                pending += int(summary["pending"])
+            # Counted in one step: between two the worker may settle one and take another.
+            async with client.link.client.pipeline(transaction=True) as pipe:
+                for name in names:
+                    pipe.xpending(client.keys.tasks(name), "workers")
+                pending = sum(int(summary["pending"]) for summary in await pipe.execute())
             most_pending = max(most_pending, pending)
             # All places must be taken once; after that every run is over at once.
             if len(at_work) == concurrency:

@@ -39,6 +39,16 @@ async def stubborn(run: Run) -> None:
             await asyncio.sleep(0.05)
 
 
+@worker.agent("repeatable", max_attempts=2)
+async def repeatable(run: Run) -> str:
+    """Get nowhere at the first attempt."""
+    await run.delta(f"attempt {run.attempt}")
+    async with run.tool("work"):
+        if run.attempt == 1:
+            await asyncio.Event().wait()
+    return run.text
+
+
 class WorkerProcess:
     """Seen from the test."""
 
@@ -51,6 +61,9 @@ class WorkerProcess:
 
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._process.kill()
 
     async def exit_code(self) -> int:
         async with asyncio.timeout(20):
@@ -69,6 +82,7 @@ async def worker_process(settings: Settings) -> AsyncIterator[WorkerProcess]:
         "RELAY_KEY_PREFIX": settings.key_prefix,
         "RELAY_WORKER_GRACE_S": str(settings.worker_grace_s),
         "RELAY_CANCEL_GRACE_MS": str(settings.cancel_grace_ms),
+        "RELAY_LEASE_MS": str(settings.lease_ms),
     }
     process = await asyncio.create_subprocess_exec(
         sys.executable,

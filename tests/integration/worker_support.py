@@ -15,7 +15,7 @@ from relay.config import Settings, load_settings
 from relay.events import EventType
 from relay.grammar import RunGrammar
 from relay.keys import Keys
-from relay.run_model import RunDetail, SubmitRequest
+from relay.run_model import RunDetail, RunLimits, SubmitRequest
 from relay.runs import RunRegistry
 from relay.scripts import RedisLink
 
@@ -48,7 +48,10 @@ class Client:
         self.user_id = user_id
         self.keys = Keys(settings.key_prefix)
         self.link = RedisLink(settings.redis_url)
-        self.registry = RunRegistry(self.link, self.keys)
+        limits = RunLimits(
+            dispatch_check_ms=settings.lease_ms, cancel_grace_ms=settings.cancel_grace_ms
+        )
+        self.registry = RunRegistry(self.link, self.keys, limits)
 
     async def __aenter__(self) -> Client:
         return self

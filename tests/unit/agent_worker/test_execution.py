@@ -352,7 +352,6 @@ async def test_refused_run_is_stopped_and_publishes_nothing_more(refusal: Any) -
         assert await task == "refused"
     assert seen
     assert attempt.stream.types == ["agent_started"]
-    assert attempt.execution.refusal is refusal
     expected = "run_ended_elsewhere" if isinstance(refusal, RunEnded) else "run_refused"
     assert expected in [line["event"] for line in logs]
 
