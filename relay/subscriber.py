@@ -27,6 +27,8 @@ SUBSCRIBE_CHUNK = 512
 """Channels in one SUBSCRIBE; thousands in one command would hold Redis up for milliseconds."""
 
 _RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 2.0
+_SETTLED_S = 5.0
+"""A connection that has lasted this long was a good one: the next loss is a new story."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -121,14 +123,22 @@ class Subscriber:
             await connection.disconnect(nowait=True)
 
     async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
         retry_s = _RETRY_FIRST_S
         while True:
             if self._connection is not None:
-                retry_s = _RETRY_FIRST_S
+                served_from_s = loop.time()
                 error = await self._serve(self._connection)
                 log.warning("subscription connection lost", error=str(error))
                 await self._disconnect()
                 self._on_lost()
+                if loop.time() - served_from_s >= _SETTLED_S:
+                    retry_s = _RETRY_FIRST_S
+                else:
+                    # Redis takes connections but refuses what we ask of them: without the pause
+                    # this would be a busy loop.
+                    await asyncio.sleep(retry_s)
+                    retry_s = min(retry_s * 2, _RETRY_MOST_S)
             try:
                 await self._connect()
             except (RedisUnavailable, RedisMisconfigured) as error:
