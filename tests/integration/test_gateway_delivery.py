@@ -156,12 +156,11 @@ async def test_request_sent_at_once_is_answered_after_the_establishment(
 
 
 async def test_client_resumes_where_it_was_on_another_gateway(gateway: Gateway, work: Work) -> None:
-    async with running_gateway(gateway.settings) as second:
-        async with tab(gateway) as before:
-            first = await work.run()
-            await before.until("agent_completed")
-            epoch = before.frames[0]["position"].partition(":")[0]
-            position = f"{epoch}:{before.events[-1]['offset']}"
+    async with running_gateway(gateway.settings) as second, tab(gateway) as before:
+        first = await work.run()
+        await before.until("agent_completed")
+        epoch = before.frames[0]["position"].partition(":")[0]
+        position = f"{epoch}:{before.events[-1]['offset']}"
         missed = await work.run()
         async with tab(second, query=f"?since={position}") as after:
             assert after.frames[0]["recovered"] is True
@@ -184,16 +183,15 @@ async def test_position_that_cannot_be_recovered_is_told(gateway: Gateway) -> No
 
 async def test_heartbeats_carry_the_position(redis_url: str, key_prefix: str) -> None:
     settings = gateway_settings(redis_url, key_prefix, heartbeat_ms=200)
-    async with running_gateway(settings) as gateway, Work(settings) as work:
-        async with tab(gateway) as opened:
-            await work.run()
-            await opened.until("agent_completed")
-            epoch = opened.frames[0]["position"].partition(":")[0]
-            started_s = time.monotonic()
-            for _ in range(3):
-                beat = await opened.until("heartbeat")
-                assert beat["position"] == f"{epoch}:{opened.events[-1]['offset']}"
-            assert 0.35 < time.monotonic() - started_s < 1.5
+    async with running_gateway(settings) as gateway, Work(settings) as work, tab(gateway) as opened:
+        await work.run()
+        await opened.until("agent_completed")
+        epoch = opened.frames[0]["position"].partition(":")[0]
+        started_s = time.monotonic()
+        for _ in range(3):
+            beat = await opened.until("heartbeat")
+            assert beat["position"] == f"{epoch}:{opened.events[-1]['offset']}"
+        assert 0.35 < time.monotonic() - started_s < 1.5
 
 
 async def test_token_is_announced_refreshed_and_enforced(gateway: Gateway) -> None:

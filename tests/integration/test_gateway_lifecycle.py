@@ -112,46 +112,57 @@ async def test_readiness_turns_red_when_redis_goes_silent_and_green_when_it_is_b
     own_redis: OwnRedis, key_prefix: str
 ) -> None:
     server = await own_redis()
-    async with running_gateway(gateway_settings(server.url, key_prefix)) as gateway:
-        async with http(gateway, None) as client:
+    async with (
+        running_gateway(gateway_settings(server.url, key_prefix)) as gateway,
+        http(gateway, None) as client,
+    ):
 
-            async def is_ready() -> bool:
-                status = (await client.get("/readyz")).status_code
-                assert status in (200, 503)
-                return status == 200
+        async def is_ready() -> bool:
+            status = (await client.get("/readyz")).status_code
+            assert status in (200, 503)
+            return status == 200
 
-            async def is_not_ready() -> bool:
-                return not await is_ready()
+        async def is_not_ready() -> bool:
+            return not await is_ready()
 
-            assert await is_ready()
-            # Frozen, not dead: no connection is refused or reset.
-            server.pause()
-            silent_s = time.monotonic()
-            await eventually(is_not_ready)
-            assert time.monotonic() - silent_s < 5
-            detail = (await client.get(gateway.admin_url + "/readyz")).json()
-            [red] = [c for c in detail["checks"] if c["name"] == "redis_round_trip"]
-            assert red["ok"] is False
-            assert "Redis" in red["detail"]
-            assert (await client.get("/healthz")).status_code == 200
-            server.resume()
-            await eventually(is_ready)
+        assert await is_ready()
+        # Frozen, not dead: no connection is refused or reset.
+        server.pause()
+        silent_s = time.monotonic()
+        await eventually(is_not_ready)
+        assert time.monotonic() - silent_s < 5
+        detail = (await client.get(gateway.admin_url + "/readyz")).json()
+        [red] = [c for c in detail["checks"] if c["name"] == "redis_round_trip"]
+        assert red["ok"] is False
+        assert "Redis" in red["detail"]
+        assert (await client.get("/healthz")).status_code == 200
+        server.resume()
+        await eventually(is_ready)
 
 
 async def test_readiness_needs_pubsub_not_only_commands(
     own_redis: OwnRedis, key_prefix: str
 ) -> None:
     server = await own_redis()
-    async with running_gateway(gateway_settings(server.url, key_prefix)) as gateway:
-        async with http(gateway, None) as client, server.client() as operator:
-            for permission in ("resetchannels", "-subscribe"):
-                await operator.execute_command("ACL", "SETUSER", "default", permission)
-            await operator.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+    async with (
+        running_gateway(gateway_settings(server.url, key_prefix)) as gateway,
+        http(gateway, None) as client,
+        server.client() as operator,
+    ):
 
-            async def is_not_ready() -> bool:
-                return (await client.get("/readyz")).status_code == 503
+        async def is_ready() -> bool:
+            return (await client.get("/readyz")).status_code == 200
 
-            await eventually(is_not_ready)
+        async def is_not_ready() -> bool:
+            return not await is_ready()
+
+        await operator.execute_command("ACL", "SETUSER", "default", "-subscribe")
+        await operator.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+        await eventually(is_not_ready)
+        await asyncio.sleep(2.5)  # Longer than a probe's deadline: it must stay red.
+        assert await is_not_ready()
+        await operator.execute_command("ACL", "SETUSER", "default", "+subscribe")
+        await eventually(is_ready)
 
 
 # --- Leaving ---
@@ -243,23 +254,27 @@ async def test_client_that_ignores_the_close_does_not_hold_the_gateway(
         async with tab(gateway.url) as opened:
             opened.socket.transport.pause_reading()
             gateway.process.send_signal(signal.SIGTERM)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(8):
                 await gateway.process.communicate()
             assert gateway.process.returncode == 0
+            opened.socket.transport.resume_reading()
     finally:
         await gateway.end()
 
 
 async def test_readiness_is_red_during_the_drain(redis_url: str, key_prefix: str) -> None:
-    async with running_gateway(gateway_settings(redis_url, key_prefix)) as gateway:
-        async with tab(gateway), httpx.AsyncClient(trust_env=False) as client:
-            gateway.health.is_draining = True
-            answer = await client.get(gateway.admin_url + "/readyz")
-            assert answer.status_code == 503
-            assert [c["name"] for c in answer.json()["checks"] if not c["ok"]] == ["drain"]
-            answer = await client.post(gateway.url + "/v1/tickets", headers=bearer())
-            assert answer.status_code == 503
-            assert int(answer.headers["Retry-After"]) > 0
+    async with (
+        running_gateway(gateway_settings(redis_url, key_prefix)) as gateway,
+        tab(gateway),
+        httpx.AsyncClient(trust_env=False) as client,
+    ):
+        gateway.health.is_draining = True
+        answer = await client.get(gateway.admin_url + "/readyz")
+        assert answer.status_code == 503
+        assert [c["name"] for c in answer.json()["checks"] if not c["ok"]] == ["drain"]
+        answer = await client.post(gateway.url + "/v1/tickets", headers=bearer())
+        assert answer.status_code == 503
+        assert int(answer.headers["Retry-After"]) > 0
 
 
 async def test_part_that_fails_ends_the_gateway(redis_url: str, key_prefix: str) -> None:
