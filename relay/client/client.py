@@ -401,6 +401,10 @@ class RelayClient:
             return step, reason or f"closed with {code}"
         except TimeoutError:
             return Retry(backoff_ms(self._failures, chance)), "the gateway fell silent"
+        except asyncio.CancelledError:
+            # Leaving is no failure: without this, websockets would close with 1011.
+            await socket.close()
+            raise
         except DecodingFailed as error:
             return Stop(ConnectionEnded(f"Not a relay of this version: {error}.")), str(error)
         finally:
