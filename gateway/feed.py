@@ -75,7 +75,7 @@ class Attachment:
     @property
     def position(self) -> str:
         """The client's position, ``epoch:offset``; empty before it is established."""
-        return str(self._cursor.position) if self._user_feed.feed.epoch else ""
+        return str(self._cursor.position) if self._cursor.is_established else ""
 
     def writable(self) -> None:
         """The outbox has room again: go on where the cursor had to stop."""
@@ -293,9 +293,8 @@ class FeedHub:
         self.perform(user_feed)
 
     async def _fetch(self, user_feed: _UserFeed, effect: FetchBody) -> None:
-        user_id, offset = user_feed.user_id, effect.offset
         piece = await self._persist(
-            lambda: read_body(self._link, self._keys, user_id, offset, effect.start, effect.length)
+            lambda: read_body(self._link, self._keys, user_feed.user_id, effect)
         )
         effect.cursor.receive_body(effect, piece)
         self.perform(user_feed)

@@ -9,7 +9,7 @@ from relay.codec import Position, Publication, RunEnvelope
 from relay.errors import DecodingFailed
 from relay.events import EventType, Kind
 from relay.keys import Keys
-from relay.recovery import Page, Read, TextMark
+from relay.recovery import FetchBody, Page, Read, TextMark
 from relay.run_model import summary_from_row
 from relay.scripts import RedisLink, ScriptCall, mapped_errors
 
@@ -23,7 +23,7 @@ def read_call(link: RedisLink, keys: Keys, user_id: str, read: Read) -> ScriptCa
         known += (name, mark.size_bytes)
     with_runs = "runs" if read.with_runs else ""
     user = keys.user(user_id)
-    return link.call("read", user, None, read.after, PAGE_BYTES, with_runs, *known)
+    return link.call("read", user, None, read.after, PAGE_BYTES, with_runs, read.epoch, *known)
 
 
 def page_from(user_id: str, read: Read, reply: Sequence[Any]) -> Page:
@@ -82,15 +82,21 @@ def _previous(text: str) -> list[Position]:
     return positions
 
 
-async def read_body(
-    link: RedisLink, keys: Keys, user_id: str, offset: int, start: int, length: int
-) -> bytes:
-    """Read a piece of a large event's body; empty where there is none.
+async def read_body(link: RedisLink, keys: Keys, user_id: str, fetch: FetchBody) -> bytes:
+    """Read a piece of a large event's body; empty where it or its epoch is gone.
 
     Raises:
         RedisUnavailable: Redis did not answer.
     """
-    key = keys.user(user_id).body(offset)
+    user = keys.user(user_id)
+    last = fetch.start + fetch.length - 1
     with mapped_errors(link.url):
-        piece = await link.client.getrange(key, start, start + length - 1)
-    return piece.encode() if isinstance(piece, str) else piece
+        # Both in one step: after a rewind another event's body may have this offset, but not
+        # before the epoch has changed.
+        async with link.client.pipeline(transaction=True) as pipeline:
+            pipeline.hget(user.channel, "epoch")
+            pipeline.getrange(user.body(fetch.offset), fetch.start, last)
+            epoch, piece = await pipeline.execute()
+    if epoch is None or epoch.decode() != fetch.epoch:
+        return b""
+    return bytes(piece)

@@ -101,14 +101,22 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Read:
-    """Read a page of the channel and give it to ``requester.receive_page``."""
+    """Read a page of the channel and give it to ``requester.receive_page``.
+
+    Attributes:
+        epoch: The epoch that the rest counts in. In another one a text of the same name may be
+            another text: what was ``known`` of it then counts for nothing.
+        known: How much of which texts the reader has already.
+        seen: Redis had shown this offset before the read was made.
+    """
 
     requester: Feed | Cursor
     generation: int
+    epoch: str
     after: int
     with_runs: bool = False
     known: Mapping[str, TextMark] = field(default_factory=dict)
-    target: int | None = None
+    seen: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,10 +130,15 @@ class Rotate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FetchBody:
-    """Read bytes of a large event's body and give them to ``cursor.receive_body``."""
+    """Read bytes of a large event's body and give them to ``cursor.receive_body``.
+
+    Only while ``epoch`` is in force: in another one, another event may have this offset, and the
+    answer is empty.
+    """
 
     cursor: Cursor
     generation: int
+    epoch: str
     offset: int
     start: int
     length: int
@@ -155,6 +168,7 @@ class Feed:
     Attributes:
         epoch: The channel's epoch, None before the first read.
         head: Everything up to here was delivered to the live cursors.
+        cursors: The connections, in the order in which they came.
         effects: What the shell has to do; it empties the list.
     """
 
@@ -162,14 +176,14 @@ class Feed:
         self.state = FeedState.SUBSCRIBING
         self.epoch: str | None = None
         self.head = 0
-        self.cursors: set[Cursor] = set()
+        self.cursors: dict[Cursor, None] = {}
         self.effects: list[Effect] = []
         self._ring: deque[Publication] = deque()
         self._ring_from = 0
         self._ring_bytes = 0
         self._ring_budget = ring_bytes
-        self._target: int | None = None
-        self._offset_seen = 0
+        # Highest offset that Redis has shown in this epoch, by a page or a live message.
+        self._seen = 0
         self._again = False
         self._generation = 0
         self._is_reading = False
@@ -177,7 +191,7 @@ class Feed:
     def attach(self, sink: Sink, since: Since) -> Cursor:
         """Add a connection. It is established once the feed is live."""
         cursor = Cursor(self, sink, since)
-        self.cursors.add(cursor)
+        self.cursors[cursor] = None
         cursor.advance()
         return cursor
 
@@ -204,7 +218,20 @@ class Feed:
         self._again = False
         self._is_reading = True
         after = HEADER_ONLY if self.epoch is None else self.head
-        self.effects.append(Read(self, self._generation, after, target=self._target))
+        self.effects.append(self.read_after(after, self, self._generation))
+
+    def read_after(
+        self,
+        after: int,
+        requester: Feed | Cursor,
+        generation: int,
+        *,
+        with_runs: bool = False,
+        known: Mapping[str, TextMark] | None = None,
+    ) -> Read:
+        """Describe a read of what lies after an offset, in this epoch and as of now."""
+        epoch = self.epoch or ""
+        return Read(requester, generation, epoch, after, with_runs, known or {}, self._seen)
 
     def receive_live(self, batch: LiveBatch) -> None:
         """Take a live message."""
@@ -216,7 +243,7 @@ class Feed:
             if batch.epoch != self.epoch:
                 self._again = True
             elif last is not None:
-                self._target = max(self._target or 0, last)
+                self._seen = max(self._seen, last)
             return
         if batch.epoch != self.epoch:
             self.sync()
@@ -229,7 +256,7 @@ class Feed:
             elif publication.offset > self.head + 1 or publication.is_claim:
                 # Rule 8: a claim is a gap. Fetching its bytes aside would let later events
                 # overtake it.
-                self._target = last
+                self._seen = max(self._seen, batch.publications[-1].offset)
                 self.sync()
                 return
             else:
@@ -243,7 +270,7 @@ class Feed:
         self._is_reading = False
         if page.epoch != self.epoch:
             self._adopt(page)
-        elif page.offset < self.head or (read.target is not None and page.offset < read.target):
+        elif page.offset < read.seen:
             # Redis has less than it showed us before, under the same epoch.
             self._rotate()
         elif page.floor > self.head:
@@ -252,7 +279,7 @@ class Feed:
             for publication in page.publications:
                 self._deliver(publication)
             self.head = max(self.head, page.covered)
-            self._offset_seen = page.offset
+            self._seen = max(self._seen, page.offset)
             self._settle()
 
     def receive_rotated(self, rotate: Rotate) -> None:
@@ -263,12 +290,10 @@ class Feed:
         self.sync()
 
     def _settle(self) -> None:
-        behind_target = self._target is not None and self.head < self._target
-        if self.head < self._offset_seen or self._again or behind_target:
+        if self.head < self._seen or self._again:
             self.sync()
             return
         self.state = FeedState.LIVE
-        self._target = None
         for cursor in list(self.cursors):
             cursor.advance()
 
@@ -291,8 +316,7 @@ class Feed:
         is_new_epoch = page.epoch != self.epoch
         self._generation += 1
         self.epoch = page.epoch
-        self.head = self._offset_seen = page.offset
-        self._target = None
+        self.head = self._seen = page.offset
         self._ring.clear()
         self._ring_bytes = 0
         self._ring_from = self.head
@@ -307,6 +331,7 @@ class Feed:
             if cursor.state is CursorState.LIVE:
                 cursor.receive(publication)
         self.head = publication.offset
+        self._seen = max(self._seen, self.head)
         self._ring.append(publication)
         self._ring_bytes += len(publication.event)
         while self._ring_bytes > self._ring_budget and self._ring:
@@ -331,10 +356,18 @@ class Feed:
             return None
         return [publication for publication in self._ring if publication.offset > after]
 
-    def await_offset(self, offset: int) -> None:
-        """Somebody knows of an offset that we have not seen: read until we have."""
-        self._target = max(self._target or 0, offset)
-        self.sync()
+    def accept(self, read: Read, page: Page) -> bool:
+        """Say whether a cursor may use a page that it has read; if not, read for the feed.
+
+        The feed calls the cursors back when it is live again. A page may be older than the head,
+        by what was published while it was on its way, but no older than what had been seen.
+        """
+        is_current = page.epoch == self.epoch and page.offset >= read.seen
+        if not is_current or page.floor > self.head:
+            self.sync()
+            return False
+        self._seen = max(self._seen, page.offset)
+        return True
 
     def distrust(self) -> None:
         """Redis has less than a client has seen under the same epoch."""
@@ -361,7 +394,10 @@ class Cursor:
         self._sink = sink
         self._since = since
         self._reset_reason: str | None = None
-        self._is_established = False
+        self.is_established = False
+        # The client's position, as it has been told. Until a reset is on its way to the client,
+        # this keeps the epoch that the client counts in, which may not be the feed's any more.
+        self._epoch = ""
         self._offset = 0
         self._owed = 0
         self._generation = 0
@@ -384,13 +420,13 @@ class Cursor:
     @property
     def position(self) -> Position:
         """The client's position; resuming from it loses nothing."""
-        return Position(self._feed.epoch or "", self.offset)
+        return Position(self._epoch, self.offset)
 
     def close(self) -> None:
         """The connection is gone. Its truth is the last position that the client received."""
         self.state = CursorState.CLOSED
         self._generation += 1
-        self._feed.cursors.discard(self)
+        self._feed.cursors.pop(self, None)
 
     def advance(self) -> None:
         """Go on where this is possible: the feed is live, or the outbox has room again."""
@@ -398,9 +434,7 @@ class Cursor:
             return
         if self.state is CursorState.STARTING:
             if self._feed.state is FeedState.LIVE:
-                self._is_reading = True
-                read = Read(self, self._generation, HEADER_ONLY, with_runs=True)
-                self._feed.effects.append(read)
+                self._read(HEADER_ONLY, with_runs=True)
         elif self.state is CursorState.BODY:
             self._fetch()
         elif self.state is CursorState.BEHIND and self._sink.has_room:
@@ -432,11 +466,9 @@ class Cursor:
         if read.generation != self._generation:
             return
         self._is_reading = False
-        feed = self._feed
-        if page.epoch != feed.epoch or page.offset < feed.head or page.floor > feed.head:
-            # Rule 10: the feed first. It calls back when it is live again.
-            feed.sync()
-        elif self.state is CursorState.STARTING:
+        if not self._feed.accept(read, page):
+            return  # Rule 10: the feed first.
+        if self.state is CursorState.STARTING:
             self._start(page)
         elif page.floor > max(self._offset, self._owed):
             self._reset("history_trimmed")
@@ -447,34 +479,35 @@ class Cursor:
         start = self._resolve(page)
         if start is None:
             return
+        self._epoch = page.epoch
         self._offset, reason = start
-        head = self._feed.head
-        self._owed = min(head, max(self._offset, page.floor))
-        # At the head, nothing can be missing; further back only history knows.
-        self._is_whole = self._offset >= head
-        self.state = CursorState.LIVE if self._offset >= head else CursorState.BEHIND
-        position = Position(page.epoch, self._offset)
-        if not self._is_established:
-            self._is_established = True
-            self._sink.established(position, reason is None, page.runs)
+        self._owed = min(page.offset, max(self._offset, page.floor))
+        # A client that comes back may have left after a page that was cut: only where the channel
+        # has nothing further on, nothing can be missing.
+        self._is_whole = self._offset >= page.offset
+        self.state = CursorState.BEHIND
+        if not self.is_established:
+            self.is_established = True
+            self._sink.established(self.position, reason is None, page.runs)
         if reason is not None:
-            self._sink.reset(position, reason, page.runs)
+            self._sink.reset(self.position, reason, page.runs)
         self._reset_reason = None
         self._since = "active"
         self.advance()
 
     def _resolve(self, page: Page) -> tuple[int, str | None] | None:
         """Give the offset to start from and why it is a reset, None to wait for the feed."""
-        head = self._feed.head
-        first_active = min((run.first_offset - 1 for run in page.runs), default=head)
-        active = max(0, min(first_active, head))
+        # Runs that began after the page was read are not in its list, and not before its offset.
+        last = min(self._feed.head, page.offset)
+        active = max(0, min((run.first_offset - 1 for run in page.runs), default=last))
+        active = min(active, last)
         since = self._since
         if self._reset_reason is not None:
             return active, self._reset_reason
         if since == "active":
             return active, None
         if since == "now":
-            return head, None
+            return last, None
         if since == "0" or not isinstance(since, Position):
             return 0, None
         if since.epoch != page.epoch:
@@ -488,9 +521,9 @@ class Cursor:
             return None
         if since.offset < page.floor:
             return active, "history_trimmed"
-        if since.offset > head:
+        if since.offset > self._feed.head:
             # Rule 11: this gateway lags behind the one that the client comes from.
-            self._feed.await_offset(since.offset)
+            self._feed.sync()
             return None
         return since.offset, None
 
@@ -506,9 +539,16 @@ class Cursor:
                     self._offset = max(self._offset, feed.head)
                     self.state = CursorState.LIVE
                 return
+        self._read(self._offset, known=dict(self._known))
+
+    def _read(
+        self, after: int, *, with_runs: bool = False, known: Mapping[str, TextMark] | None = None
+    ) -> None:
         self._is_reading = True
-        known = dict(self._known)
-        feed.effects.append(Read(self, self._generation, self._offset, known=known))
+        read = self._feed.read_after(
+            after, self, self._generation, with_runs=with_runs, known=known
+        )
+        self._feed.effects.append(read)
 
     def _write(self, publications: Sequence[Publication]) -> bool:
         """Write from the ring; tells whether all was written."""
@@ -560,11 +600,12 @@ class Cursor:
         self._is_reading = True
         length = PART_BYTES if body.is_parted else body.size_bytes
         offset = body.publication.offset
-        fetch = FetchBody(self, self._generation, offset, body.received, length)
+        epoch = self._feed.epoch or ""
+        fetch = FetchBody(self, self._generation, epoch, offset, body.received, length)
         self._feed.effects.append(fetch)
 
     def receive_body(self, fetch: FetchBody, piece: bytes) -> None:
-        """Take bytes of a large event's body; empty where the body is gone."""
+        """Take bytes of a large event's body; empty where it or its epoch is gone."""
         if fetch.generation != self._generation:
             return
         self._is_reading = False
@@ -609,6 +650,7 @@ class Cursor:
         if surviving is None or self._offset > surviving:
             self._reset("history_rewound" if surviving is not None else "unknown_epoch")
         elif is_new_epoch:
+            self._epoch = self._feed.epoch or ""
             self._sink.reposition(self.position)
 
     def _reset(self, reason: str) -> None:

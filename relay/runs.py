@@ -348,7 +348,7 @@ class RunRegistry:
         Raises:
             RedisUnavailable: Redis did not answer.
         """
-        call = self._link.call("read", self._keys.user(user_id), None, 2**53, 1, "runs")
+        call = self._link.call("read", self._keys.user(user_id), None, 2**53, 1, "runs", "")
         [reply] = await self._link.run([call])
         return [summary_from_row(row) for row in reply[7]]
 

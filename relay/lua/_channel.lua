@@ -44,6 +44,24 @@ local function drop_history()
   redis.call('UNLINK', LOG, TEXTS)
 end
 
+-- Where history was rewound, a text of an active run stands further back than some reader was told
+-- before: whoever skipped it there would wait for it in vain. In a new epoch these texts stand anew,
+-- behind everything that survived.
+local function stand_texts_anew(channel)
+  for _, run_id in ipairs(redis.call('ZRANGE', RUNS, 0, -1)) do
+    local run = redis.call('HMGET', BASE .. 'run:' .. run_id, 'ended_ms', 'attempt', 'texts')
+    if run[3] and not run[1] then
+      for name in string.gmatch(run[3], '%S+') do
+        if string.match(name, '^[^:]+:(%d+):') == run[2]
+          and redis.call('EXISTS', BASE .. 'text:' .. name) == 1 then
+          channel.offset = channel.offset + 1
+          redis.call('ZADD', TEXTS, int(channel.offset), name)
+        end
+      end
+    end
+  end
+end
+
 local function begin_epoch(channel, instance)
   local previous = channel.epoch .. ':' .. int(channel.offset)
   local kept = 1
@@ -56,7 +74,9 @@ local function begin_epoch(channel, instance)
   channel.previous = previous
   channel.epoch = ARGV[2]
   channel.instance = instance
-  redis.call('HSET', CHANNEL, 'epoch', channel.epoch, 'previous', previous, 'instance', instance)
+  stand_texts_anew(channel)
+  redis.call('HSET', CHANNEL, 'epoch', channel.epoch, 'previous', previous, 'instance', instance,
+    'offset', int(channel.offset))
   -- An empty batch of another epoch makes every gateway read the channel again.
   redis.call('PUBLISH', LIVE, cmsgpack.pack({WIRE_VERSION, channel.epoch, {}}))
 end

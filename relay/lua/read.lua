@@ -2,7 +2,8 @@
 --
 -- ARGV  6 read what lies after this offset  7 most bytes (at least one entry is given)
 --       8 'runs' to list the active and just-ended runs, or ''
---       9 … two per text that the reader has in part: its name, the bytes that it has
+--       9 epoch in which the reader counts  10 … two per text that the reader has in part: its
+--         name, the bytes that it has; void in another epoch, where the text may be another one
 --
 -- Gives {epoch, offset, floor, previous epochs, covered, log entries, texts, runs}
 --   entry {offset, seq, run id, event bytes or '', size, digest or ''}; bytes '' and size > 0: in
@@ -26,8 +27,10 @@ if channel.needs_touch then
 end
 
 local known = {}
-for index = 9, #ARGV, 2 do
-  known[ARGV[index]] = tonumber(ARGV[index + 1])
+if ARGV[9] == channel.epoch then
+  for index = 10, #ARGV, 2 do
+    known[ARGV[index]] = tonumber(ARGV[index + 1])
+  end
 end
 
 local function read_entry(stored)

@@ -34,7 +34,7 @@ from relay.recovery import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from relay.recovery import ActiveRun, Since
 
@@ -107,7 +107,6 @@ class Store:
         self.events: dict[int, int] = {}
         self.terminals: dict[int, str] = {}
         self.streamed: dict[str, list[tuple[int, str]]] = {}
-        self.lost_bodies: set[int] = set()
 
     def copy(self) -> Store:
         other = copy.copy(self)
@@ -119,7 +118,6 @@ class Store:
         other.events = dict(self.events)
         other.terminals = dict(self.terminals)
         other.streamed = {name: list(pieces) for name, pieces in self.streamed.items()}
-        other.lost_bodies = set(self.lost_bodies)
         return other
 
     def active_runs(self) -> list[Run]:
@@ -318,9 +316,7 @@ class Connection:
     def _add(self, size: int, frame: tuple[Any, ...], *, is_event: bool = True) -> None:
         require(self.client.connection in (self, None), f"{self.client.name}: write after close")
         if is_event:
-            require(
-                self.is_established, f"{self.client.name}: {frame} before it was established"
-            )
+            require(self.is_established, f"{self.client.name}: {frame} before it was established")
             if self.is_full:
                 self.excess += size
                 bound = PAGE_BYTES + self.world.largest
@@ -337,8 +333,15 @@ class Connection:
     def established(self, position: Position, recovered: bool, runs: Sequence[ActiveRun]) -> None:
         require(not self.is_established, f"{self.client.name}: established twice")
         self.is_established = True
-        frame = ("established", position, recovered, self.world.store.floor)
-        self._add(1, frame, is_event=False)
+        self._add(1, ("established", position, recovered, self._owed(position)), is_event=False)
+
+    def _owed(self, position: Position) -> int:
+        owed = self.cursor._owed
+        require(
+            owed <= max(position.offset, self.world.highest_floor),
+            f"{self.client.name} is owed only what lies above {owed}",
+        )
+        return owed
 
     def write(self, publication: Publication) -> None:
         require(bool(publication.event), f"{self.client.name}: a claim without its bytes")
@@ -349,7 +352,7 @@ class Connection:
         self._add(len(frame), ("part", frame))
 
     def reset(self, position: Position, reason: str, runs: Sequence[ActiveRun]) -> None:
-        self._add(1, ("reset", position, self.world.store.floor), is_event=False)
+        self._add(1, ("reset", position, self._owed(position)), is_event=False)
 
     def reposition(self, position: Position) -> None:
         self._add(1, ("position", position), is_event=False)
@@ -467,6 +470,10 @@ class World:
     def __init__(self, *, gateways: int = 2, keeps_transcripts: bool = False) -> None:
         self.store = Store()
         self.copies: list[Store] = []
+        # Events whose bodies were lost: gone for good to whoever had not got them by then.
+        self.lost_events: set[int] = set()
+        self.lost_texts: set[str] = set()
+        self.highest_floor = 0
         self.epochs = 0
         self.instance = 0
         self.event_ids = 0
@@ -495,6 +502,11 @@ class World:
         del store.previous[MAX_PREVIOUS:]
         store.epoch = self.new_epoch()
         store.instance = self.instance
+        for run in store.active_runs():
+            for name, text in store.texts.items():
+                if name.startswith(f"{run.run_id}:{run.attempt}:") and not text.is_lost:
+                    store.offset += 1
+                    text.last = store.offset
         self.broadcast(LiveBatch(store.epoch, []))
 
     def open_channel(self) -> Store:
@@ -509,9 +521,11 @@ class World:
                 self.begin_epoch()
             return None
         if isinstance(effect, FetchBody):
-            body = store.bodies.get(effect.offset, b"")
+            # Another epoch's body at this offset is another event.
+            body = store.bodies.get(effect.offset, b"") if store.epoch == effect.epoch else b""
             return body[effect.start : effect.start + effect.length]
-        return store.read(effect.after, effect.known, effect.with_runs)
+        known = effect.known if store.epoch == effect.epoch else {}
+        return store.read(effect.after, known, effect.with_runs)
 
     def _append(self, run: Run, kind: Kind, event: bytes, seq: int = 0) -> Publication:
         store = self.store
@@ -546,8 +560,7 @@ class World:
         pieces.append((publication.offset, piece))
         text = store.texts.get(name)
         if text is None:
-            # A piece whose beginning is gone does not make a text.
-            store.texts[name] = Text(publication.offset, piece, is_lost=position > 0)
+            store.texts[name] = Text(publication.offset, piece)
         else:
             text.content += piece
             text.last = publication.offset
@@ -597,6 +610,7 @@ class World:
         for _ in range(min(count, len(store.log) - 1)):
             offset, _, _, event = store.log.pop(0)
             store.floor = offset
+            self.highest_floor = max(self.highest_floor, offset)
             if not event:
                 store.bodies.pop(offset, None)
 
@@ -609,12 +623,14 @@ class World:
                     for name, text in self.store.texts.items():
                         if name.startswith(run.run_id + ":"):
                             text.is_lost = True
+                            self.lost_texts.add(name)
 
     def lose_key(self, rng: random.Random) -> None:
         store = self.store
         what = rng.choice(("log", "channel", "body", "body", "text"))
         if what == "log" and store.log:
             store.floor = store.log[-1][0]
+            self.highest_floor = max(self.highest_floor, store.floor)
             store.log.clear()
         elif what == "channel":
             lost = store
@@ -623,12 +639,15 @@ class World:
             self.store.epoch = self.new_epoch()
             # Bodies are not cleaned up; they expire. The runs' hashes stay.
             self.store.bodies = lost.bodies
-        elif what == "body" and store.bodies:
-            offset = rng.choice(sorted(store.bodies))
+            self.store.events = {}
+        elif what == "body" and (kept := sorted(store.bodies.keys() & store.events.keys())):
+            offset = rng.choice(kept)
             del store.bodies[offset]
-            store.lost_bodies.add(offset)
+            self.lost_events.add(store.events[offset])
         elif what == "text" and store.texts:
-            store.texts[rng.choice(sorted(store.texts))].is_lost = True
+            name = rng.choice(sorted(store.texts))
+            store.texts[name].is_lost = True
+            self.lost_texts.add(name)
 
     def fail_over(self, rng: random.Random) -> None:
         """Redis is replaced by an older copy, or restarts with all it had."""
@@ -645,7 +664,10 @@ class World:
         if not copies or self.store.instance != self.instance:
             return
         self.quiesce()
-        self.store = rng.choice(copies).copy()
+        chosen = rng.choice(copies)
+        # The others are of another branch now, which nothing tells apart under the same epoch.
+        self.copies = [chosen]
+        self.store = chosen.copy()
         self.quiesce()
 
     # The clients' side.
@@ -665,82 +687,96 @@ class World:
         self.clients.append(client)
         return client
 
-    def restart_gateway(self, gateway: Gateway) -> None:
-        for connection in list(gateway.connections):
-            connection.close()
-        gateway.begin()
-
-    # Operations by name.
+    # Operations by name. Each takes randomness of its own and the gateway that it concerns.
 
     def step(self, name: str, seed: int) -> None:
         rng = random.Random(seed)
-        gateway = rng.choice(self.gateways)
-        match name:
-            case "publish":
-                self.publish(rng)
-            case "message":
-                if gateway.is_confirmation_due:
-                    gateway.confirm()
-                elif gateway.messages:
-                    gateway.receive_message()
-            case "execute":
-                if gateway.waiting:
-                    gateway.execute(rng.randrange(len(gateway.waiting)))
-            case "reply":
-                if gateway.replies:
-                    gateway.receive_reply(rng.randrange(len(gateway.replies)))
-            case "work":
-                if gateway.waiting:
-                    gateway.execute(rng.randrange(len(gateway.waiting)))
-                    gateway.receive_reply(len(gateway.replies) - 1)
-            case "drain":
-                if gateway.connections:
-                    rng.choice(gateway.connections).drain(rng.choice((1, 1, 2, 4, 100)))
-                    gateway.perform()
-            case "connect":
-                away = [client for client in self.clients if client.connection is None]
-                if away and (rng.random() < 0.7 or len(self.clients) > 5):
-                    self.connect(rng.choice(away), gateway)
-                elif len(self.clients) <= 5:
-                    since = rng.choice(("active", "active", "0", "now"))
-                    self.connect(self.new_client(since), gateway)
-            case "close":
-                if gateway.connections:
-                    connection = rng.choice(gateway.connections)
-                    connection.drain(rng.choice((0, 0, 1, 2)))
-                    gateway.perform()
-                    connection.close()
-            case "heartbeat":
-                for connection in gateway.connections:
-                    connection.heartbeat()
-            case "audit":
-                gateway.audit()
-            case "drop":
-                if gateway.messages:
-                    del gateway.messages[rng.randrange(len(gateway.messages))]
-            case "lose":
-                if gateway.is_loss_due:
-                    gateway.notice_loss()
-                    gateway.subscribe()
-                elif gateway.is_subscribed:
-                    gateway.disconnect()
-            case "trim":
-                self.trim(rng.choice((1, 2, 4)))
-            case "expire":
-                self.expire(rng)
-            case "copy":
-                self.copies.append(self.store.copy())
-                del self.copies[:-3]
-            case "fail_over":
-                self.fail_over(rng)
-            case "rewind":
-                self.rewind_unnoticed(rng)
-            case "lose_key":
-                self.lose_key(rng)
-            case "restart_gateway":
-                self.restart_gateway(gateway)
-            case _:
-                raise AssertionError(name)
+        operation: Callable[[random.Random, Gateway], None] = getattr(self, f"do_{name}")
+        operation(rng, rng.choice(self.gateways))
+
+    def do_publish(self, rng: random.Random, gateway: Gateway) -> None:
+        self.publish(rng)
+
+    def do_message(self, rng: random.Random, gateway: Gateway) -> None:
+        if gateway.is_confirmation_due:
+            gateway.confirm()
+        elif gateway.messages:
+            gateway.receive_message()
+
+    def do_execute(self, rng: random.Random, gateway: Gateway) -> None:
+        if gateway.waiting:
+            gateway.execute(rng.randrange(len(gateway.waiting)))
+
+    def do_reply(self, rng: random.Random, gateway: Gateway) -> None:
+        if gateway.replies:
+            gateway.receive_reply(rng.randrange(len(gateway.replies)))
+
+    def do_work(self, rng: random.Random, gateway: Gateway) -> None:
+        if gateway.waiting:
+            gateway.execute(rng.randrange(len(gateway.waiting)))
+            gateway.receive_reply(len(gateway.replies) - 1)
+
+    def do_drain(self, rng: random.Random, gateway: Gateway) -> None:
+        if gateway.connections:
+            rng.choice(gateway.connections).drain(rng.choice((1, 1, 2, 4, 100)))
+            gateway.perform()
+
+    def do_connect(self, rng: random.Random, gateway: Gateway) -> None:
+        away = [client for client in self.clients if client.connection is None]
+        if away and (rng.random() < 0.7 or len(self.clients) > 5):
+            self.connect(rng.choice(away), gateway)
+        elif len(self.clients) <= 5:
+            since = rng.choice(("active", "active", "0", "now"))
+            self.connect(self.new_client(since), gateway)
+
+    def do_close(self, rng: random.Random, gateway: Gateway) -> None:
+        if gateway.connections:
+            connection = rng.choice(gateway.connections)
+            connection.drain(rng.choice((0, 0, 1, 2)))
+            gateway.perform()
+            connection.close()
+
+    def do_heartbeat(self, rng: random.Random, gateway: Gateway) -> None:
+        for connection in gateway.connections:
+            connection.heartbeat()
+
+    def do_audit(self, rng: random.Random, gateway: Gateway) -> None:
+        gateway.audit()
+
+    def do_drop(self, rng: random.Random, gateway: Gateway) -> None:
+        if gateway.messages:
+            del gateway.messages[rng.randrange(len(gateway.messages))]
+
+    def do_lose(self, rng: random.Random, gateway: Gateway) -> None:
+        if gateway.is_loss_due:
+            gateway.notice_loss()
+            gateway.subscribe()
+        elif gateway.is_subscribed:
+            gateway.disconnect()
+
+    def do_trim(self, rng: random.Random, gateway: Gateway) -> None:
+        self.trim(rng.choice((1, 2, 4)))
+
+    def do_expire(self, rng: random.Random, gateway: Gateway) -> None:
+        self.expire(rng)
+
+    def do_copy(self, rng: random.Random, gateway: Gateway) -> None:
+        self.copies.append(self.store.copy())
+        del self.copies[:-3]
+
+    def do_fail_over(self, rng: random.Random, gateway: Gateway) -> None:
+        self.fail_over(rng)
+
+    def do_rewind(self, rng: random.Random, gateway: Gateway) -> None:
+        self.rewind_unnoticed(rng)
+
+    def do_lose_key(self, rng: random.Random, gateway: Gateway) -> None:
+        self.lose_key(rng)
+
+    def do_restart_gateway(self, rng: random.Random, gateway: Gateway) -> None:
+        for connection in list(gateway.connections):
+            connection.close()
+        gateway.begin()
 
     # Quiescence.
 
@@ -816,7 +852,7 @@ class World:
         for offset, event_id in store.events.items():
             if offset <= client.owed or offset in client.events:
                 continue
-            if offset in store.lost_bodies:
+            if event_id in self.lost_events:
                 require(client.resets > 0, f"{client.name} was not told that {offset} is lost")
                 continue
             raise Violation(f"{client.name} has not got event {event_id} at {offset}")
@@ -840,7 +876,7 @@ class World:
             )
         is_superseded = run.attempt != int(attempt) or (run.is_completed and run_id in ended)
         text = store.texts[name]
-        if is_superseded or text.is_lost or text.last <= client.began_at:
+        if is_superseded or name in self.lost_texts or text.last <= client.owed:
             return
         if run.result_offset is not None and run.result_offset <= store.floor:
             return
@@ -883,10 +919,8 @@ History = list[tuple[str, int]]
 def random_history(seed: int, length: int = 90) -> History:
     """Give a history with a random choice of faults, so that rare ones meet often enough."""
     rng = random.Random(seed)
-    weights = dict(BASE_WEIGHTS)
-    for name, weight in FAULT_WEIGHTS.items():
-        if rng.random() < 0.45:
-            weights[name] = weight
+    faults = {name: weight for name, weight in FAULT_WEIGHTS.items() if rng.random() < 0.45}
+    weights = BASE_WEIGHTS | faults
     if "fail_over" in weights or "rewind" in weights:
         weights["copy"] = FAULT_WEIGHTS["copy"]
     for name in BASE_WEIGHTS:
