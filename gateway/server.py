@@ -15,6 +15,13 @@ from gateway.websocket import PING_INTERVAL_S, PING_TIMEOUT_S, RelayWebSocketPro
 from relay.errors import ConfigurationError
 
 BACKLOG = 2048
+UNSENT_BYTES = 128 * 1024
+"""What the kernel may hold of a connection beyond what the peer's window takes.
+
+It would take megabytes, up to ``tcp_wmem``. On a slow line a heartbeat then waits behind them for
+half a minute, although the outbox is nearly empty, and the client takes us for dead.
+"""
+
 GRACE_S = 5
 """What requests under way get to finish when the server stops."""
 
@@ -46,6 +53,8 @@ def bind(host: str, port: int, *, host_variable: str, port_variable: str) -> soc
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # Linux and macOS; connections inherit it.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as error:
