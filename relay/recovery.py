@@ -512,19 +512,13 @@ class Cursor:
             return 0, None
         if since.epoch != page.epoch:
             surviving = surviving_offset(page.previous, since.epoch)
-            if surviving is None:
-                return active, "unknown_epoch"
-            if since.offset > surviving:
-                return active, "history_rewound"
+            if since.offset > (surviving or 0):
+                return active, "unknown_epoch" if surviving is None else "history_rewound"
         elif since.offset > page.offset:
             self._feed.distrust()
             return None
         if since.offset < page.floor:
             return active, "history_trimmed"
-        if since.offset > self._feed.head:
-            # Rule 11: this gateway lags behind the one that the client comes from.
-            self._feed.sync()
-            return None
         return since.offset, None
 
     def _catch_up(self) -> None:
@@ -647,7 +641,8 @@ class Cursor:
         if self.state is CursorState.STARTING:
             return
         self.state = CursorState.BEHIND
-        if surviving is None or self._offset > surviving:
+        if self._offset > (surviving or 0):
+            # Whoever has received nothing yet cannot have lost any of it.
             self._reset("history_rewound" if surviving is not None else "unknown_epoch")
         elif is_new_epoch:
             self._epoch = self._feed.epoch or ""
