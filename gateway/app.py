@@ -47,6 +47,7 @@ from relay.errors import CloseCode, RequestRefused
 from relay.jwks import KeySet
 from relay.keys import Keys
 from relay.probe import Probe
+from relay.reaper import Reaper
 from relay.run_model import RunLimits
 from relay.runs import RunRegistry
 from relay.scripts import LogLimits, RedisLink
@@ -110,10 +111,15 @@ class Gateway:
                 RunLimits(
                     max_active=settings.max_active_runs_per_user,
                     max_queued=settings.max_queued_runs_per_user,
+                    dispatch_check_ms=settings.lease_ms,
+                    cancel_grace_ms=settings.cancel_grace_ms,
                 ),
             ),
             default_agent=settings.default_agent,
             max_content_chars=settings.max_content_chars,
+        )
+        self._reaper = Reaper(
+            self.link, keys, lease_ms=settings.lease_ms, cancel_grace_ms=settings.cancel_grace_ms
         )
         self._wheel: Wheel[Connection] = Wheel(steady_ms())
         self._services = ConnectionServices(
@@ -192,6 +198,7 @@ class Gateway:
         self._run_in_background(self.node.run(), "node")
         self._run_in_background(self.health.run(), "health")
         self._run_in_background(self._turn_wheel(), "wheel")
+        self._run_in_background(self._reaper.run(), "reaper")
         await self._internal.start()
         await self._public.start()
         log.info("gateway started", node=self.node.node_id, url=self.url, admin_url=self.admin_url)

@@ -53,6 +53,11 @@ SECRET_NAMES = frozenset(
 STREAM_BUFFER_BYTES = 1024 * 1024
 """A run with more than this unacknowledged makes its agent wait."""
 
+MOST_FAILURES = 5
+"""A run whose script fails this often in a row is given up: it would never succeed."""
+
+LAST_DISPATCHES_S = 1.0
+
 MAX_EVENT_BYTES = 32 * 1024 * 1024
 PIPELINE_CALLS = 128
 _RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 1.0
@@ -79,6 +84,7 @@ class RunStream:
         self.grammar = RunGrammar(attempt=claim.envelope.attempt - 1)
         self.cancel_requested: bytes | None = None
         self.refused: PublishRefused | None = None
+        self.failures = 0
         self.batches = OutgoingBatches(claim.envelope, claim.fence, claim.epoch)
         self._publisher = publisher
         self._on_refused = on_refused
@@ -257,6 +263,8 @@ class Publisher:
         self._merge_ms = merge_ms
         self._streams: dict[str, RunStream] = {}
         self._dispatches: list[Task] = []
+        self._dispatched = asyncio.Event()
+        self._dispatched.set()
         self._wake = asyncio.Event()
         self._sender: asyncio.Task[None] | None = None
         self._outage_s = 0.0
@@ -271,6 +279,10 @@ class Publisher:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        # The next runs of threads whose last run has just ended must not wait for the reaper.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_DISPATCHES_S):
+                await self._dispatched.wait()
         if self._sender is not None:
             self._sender.cancel()
             await asyncio.gather(self._sender, return_exceptions=True)
@@ -310,9 +322,15 @@ class Publisher:
             try:
                 await self._send_due()
                 self._outage_s = 0.0
-            except (RedisUnavailable, RedisMisconfigured, ScriptFailed) as error:
+            except Exception as error:
+                # Without the sender all agents would wait for ever: whatever it is, go on.
                 if self._outage_s == 0.0:
-                    log.warning("publishing waits for Redis", error=str(error))
+                    is_expected = isinstance(error, RedisUnavailable | RedisMisconfigured)
+                    log.warning(
+                        "publishing waits for Redis",
+                        error=str(error),
+                        exc_info=None if is_expected else error,
+                    )
                 self._outage_s = min(max(self._outage_s * 2, _RETRY_FIRST_S), _RETRY_MOST_S)
                 await asyncio.sleep(self._outage_s)
 
@@ -330,6 +348,7 @@ class Publisher:
         while self._dispatches:
             await dispatch(self._link, self._keys, self._dispatches[0])
             self._dispatches.pop(0)
+        self._dispatched.set()
         now_ms = _now_ms()
         sent: list[tuple[RunStream, Batch]] = []
         calls: list[ScriptCall] = []
@@ -344,16 +363,29 @@ class Publisher:
             sent.append((stream, batch))
         if not calls:
             return
-        for (stream, batch), answer in zip(sent, await self._link.run(calls), strict=True):
-            self._receive(stream, batch, answer)
+        answers = await self._link.run_each(calls)
+        for (stream, batch), answer in zip(sent, answers, strict=True):
+            if isinstance(answer, ScriptFailed):
+                self._fail(stream, answer)
+            else:
+                self._receive(stream, batch, answer)
         # Streams at the front must not keep those behind the pipeline's bound from their turn.
         for stream, _ in sent:
             if self._streams.pop(stream.claim.fence, None) is not None:
                 self._streams[stream.claim.fence] = stream
 
+    def _fail(self, stream: RunStream, error: ScriptFailed) -> None:
+        """A script failed for one run; the others must not suffer from it."""
+        stream.failures += 1
+        log.error("publish failed", run_id=stream.claim.run_id, error=str(error))
+        if stream.failures >= MOST_FAILURES:
+            self.forget(stream)
+            stream.refuse(PublishRefused(f"run {stream.claim.run_id}: {error}"))
+
     def _receive(self, stream: RunStream, batch: Batch, answer: list[Any]) -> None:
         try:
             outcome = stream.batches.receive_answer(batch, answer)
+            stream.failures = 0
         except PublishRefused as refusal:
             if not isinstance(refusal, RunEnded):
                 log.warning("publish refused", run_id=stream.claim.run_id, reason=str(refusal))
@@ -367,6 +399,7 @@ class Publisher:
                 run_id, agent = outcome.next_run
                 user_id = stream.claim.envelope.user_id
                 self._dispatches.append(Task(user_id, run_id, agent))
+                self._dispatched.clear()
         stream.advanced()
 
 

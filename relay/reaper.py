@@ -74,7 +74,7 @@ class Reaper:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Reaper:
-        self._task = asyncio.create_task(self._run(), name="reaper")
+        self._task = asyncio.create_task(self.run(), name="reaper")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -92,7 +92,8 @@ class Reaper:
         since_s = self._contact_since_s
         return since_s is not None and time.monotonic() - since_s >= self._lease_ms / 1000
 
-    async def _run(self) -> None:
+    async def run(self) -> None:
+        """Reap until cancelled."""
         sweep_at_s = time.monotonic() + SWEEP_S
         while True:
             await asyncio.sleep(POLL_S * random.uniform(0.8, 1.2))  # noqa: S311

@@ -184,6 +184,21 @@ class RedisLink:
             RedisMisconfigured: Wrong password or missing rights.
             ScriptFailed: A script failed; nothing can be said about the calls after it.
         """
+        replies = await self.run_each(calls)
+        for reply in replies:
+            if isinstance(reply, ScriptFailed):
+                raise reply
+        return replies
+
+    async def run_each(self, calls: Sequence[ScriptCall]) -> list[Any]:
+        """Send script calls in one pipeline; one that fails does not hide the others' answers.
+
+        Returns:
+            For each call its answer, or the ``ScriptFailed`` that it ended with.
+
+        Raises:
+            RedisUnavailable, RedisMisconfigured: As for ``run``.
+        """
         with mapped_errors(self.url):
             connection: AbstractConnection = await self.pool.get_connection()  # type: ignore[no-untyped-call]
         try:
@@ -211,10 +226,16 @@ class RedisLink:
             again = await self._send(connection, [calls[index] for index in missing])
             for index, reply in zip(missing, again, strict=True):
                 replies[index] = reply
-        for reply in replies:
-            if isinstance(reply, Exception):
+        return [self._understood(reply) for reply in replies]
+
+    def _understood(self, reply: Any) -> Any:
+        if not isinstance(reply, Exception):
+            return reply
+        try:
+            with mapped_errors(self.url):
                 raise reply
-        return replies
+        except ScriptFailed as error:
+            return error
 
     async def _send(self, connection: AbstractConnection, calls: Sequence[ScriptCall]) -> list[Any]:
         instance = self._instances[connection]
