@@ -31,11 +31,14 @@ def read_stacks(path: Path) -> Counter[tuple[str, ...]]:
     return stacks
 
 
-def own_shares(stacks: Counter[tuple[str, ...]]) -> list[tuple[str, float]]:
-    """Give each function's share of the time in itself, C functions that it calls included."""
+def own_shares(
+    stacks: Counter[tuple[str, ...]], *, by_file: bool = False
+) -> list[tuple[str, float]]:
+    """Give each function's (or file's) share of the time, with the C functions that it calls."""
     own: Counter[str] = Counter()
     for stack, count in stacks.items():
-        own[stack[-1]] += count
+        name = stack[-1]
+        own[name.rpartition("(")[2].partition(":")[0] if by_file else name] += count
     total = own.total() or 1
     return [(name, count / total) for name, count in own.most_common()]
 

@@ -119,7 +119,7 @@ class Process:
                     return line
             if is_over:
                 break
-            time.sleep(0.02)
+            time.sleep(0.005)
         raise BenchmarkFailed(f"{self.name} did not start:\n{self.log_text()[-2000:]}")
 
     def tell(self, line: str) -> None:

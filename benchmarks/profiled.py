@@ -2,8 +2,8 @@
 
     python -m benchmarks.profiled STACKS gateway --port=0 ...
 
-The process is interrupted after each millisecond of processor time and notes where it is. Nothing
-of this is in the product; a process that is not started in this way is not profiled.
+After SIGUSR1 the process is interrupted after each millisecond of its processor time and notes
+where it is. Nothing of this is in the product: only what is started in this way is profiled.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ class Sampler:
     def __init__(self) -> None:
         self._stacks: Counter[tuple[tuple[str, str, int], ...]] = Counter()
 
-    def start(self) -> None:
+    def start_on_signal(self) -> None:
         signal.signal(signal.SIGPROF, self._sample)
         signal.siginterrupt(signal.SIGPROF, False)
+        signal.signal(signal.SIGUSR1, self._start)
+
+    def _start(self, _: int, __: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_PROF, INTERVAL_S, INTERVAL_S)
 
     def stop(self) -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
     def _sample(self, _: int, frame: FrameType | None) -> None:
-        stack = []
+        stack: list[tuple[str, str, int]] = []
         while frame is not None and len(stack) < MAX_DEPTH:
             code = frame.f_code
             stack.append((code.co_filename, code.co_qualname, code.co_firstlineno))
@@ -60,7 +63,7 @@ def main() -> None:
     path = Path(sys.argv[1])
     sys.argv[1:] = sys.argv[2:]
     sampler = Sampler()
-    sampler.start()
+    sampler.start_on_signal()
     try:
         cli.main()
     finally:

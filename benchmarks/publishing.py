@@ -20,7 +20,8 @@ from benchmarks.load import event_sizes, user_name
 from relay.events import EventType
 from relay.keys import Keys
 from relay.publisher import Publisher, RunStream
-from relay.runs import AgentInfo, Claim, RunRegistry, SubmitRequest
+from relay.run_model import AgentInfo, Claim, SubmitRequest
+from relay.runs import RunRegistry
 from relay.scripts import RedisLink
 
 AGENT = "bench"

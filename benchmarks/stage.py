@@ -56,6 +56,7 @@ class Stage:
     """The processes of one measurement. Gateways get the processor that ``placement`` keeps."""
 
     def __init__(self, plan: Plan) -> None:
+        self.folder = plan.folder
         self._plan = plan
         self._stack = ExitStack()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 from benchmarks.figures import Section, Table
@@ -14,9 +16,9 @@ USERS = 500
 SHOWN = 25
 
 _METHOD = """\
-The saturated gateway of the throughput measurement, {mode}, sampled after each millisecond of its
-processor time (`benchmarks/profiled.py`). A function's share is the time in itself; C functions that
-it calls, and the kernel, count as its own. Sampling costs a little; compare shares, not times."""
+The saturated gateway of the throughput measurement, sampled after each millisecond of its processor
+time (`benchmarks/profiled.py`). A share is the time in the function itself; C functions that it
+calls, and the kernel, count as its own. Sampling costs a little: compare shares, not times."""
 
 _MODES = {"one-at-a-time": (1, False), "batches": (5, True)}
 
@@ -24,7 +26,7 @@ _MODES = {"one-at-a-time": (1, False), "batches": (5, True)}
 def measure(plan: Plan) -> Section:
     folder = plan.profile_folder
     assert folder is not None, "profiles need a folder"
-    section = Section(NAME, "Profile of a saturated gateway", "")
+    section = Section(NAME, "Profile of a saturated gateway", _METHOD)
     for mode, (burst, batched) in _MODES.items():
         plan.say(f"profile, {mode}")
         stacks_path = folder / f"gateway-{mode}.stacks"
@@ -36,15 +38,17 @@ def measure(plan: Plan) -> Section:
             load = stage.load([relay_target(user, gateway.port) for user in range(USERS)])
             load.connect(is_relay=True)
             load.use_redis(server, relay_feeds(server, USERS))
+            os.kill(gateway.process.pid, signal.SIGUSR1)
             load.flow(plan.size(10.0, 2.0), window=USERS, burst=burst, batched=batched)
             load.stop()
             gateway.stop()
         stacks = read_stacks(stacks_path)
         graph = stacks_path.with_suffix(".svg")
         graph.write_text(draw(stacks, f"gateway, {mode}"))
-        table = Table([f"{mode}: function", "own share"])
-        table.rows = [[name, f"{share:.1%}"] for name, share in own_shares(stacks)[:SHOWN]]
-        section.tables.append(table)
+        for by_file, title in ((True, "file"), (False, "function")):
+            shares = own_shares(stacks, by_file=by_file)[:SHOWN]
+            table = Table([f"{mode}: {title}", "own share"])
+            table.rows = [[name, f"{share:.1%}"] for name, share in shares]
+            section.tables.append(table)
         section.notes.append(f"Flame graph: {graph}")
-    section.method = _METHOD.format(mode="by mode of publishing")
     return section

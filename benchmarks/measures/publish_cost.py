@@ -39,22 +39,25 @@ class _Result:
 
 def _cases(plan: Plan) -> list[_Case]:
     many, some = plan.size(6_000, 600), plan.size(2_000, 200)
-    return [
+    cases = [
         _Case("alone", "alone: the next when Redis has the last", many),
         _Case("batches", "ten in one go", many),
         _Case("side-by-side", "fifty runs side by side, alone each", many),
         _Case("deltas", "text: fifty runs, 100 pieces a second each", plan.size(20_000, 5_000)),
-        _Case("long-run", "alone, in a run of over 2,000 events", some),
         _Case("bare", "bare script, alone", many),
+    ]
+    slow = [
+        _Case("long-run", "alone, in a run of over 2,000 events", some),
         _Case("bare-pipelined", "bare script, fifty in a pipeline", many),
     ]
+    return cases if plan.is_quick else cases + slow
 
 
 def measure(plan: Plan) -> Section:
     rounds = plan.size(3, 1)
     cases = _cases(plan)
     results = {case.mode: _Result() for case in cases}
-    runs = {concurrency: _Result() for concurrency in (1, 32)}
+    runs = {concurrency: _Result() for concurrency in plan.size((1, 32), (32,))}
     for number in range(rounds):
         plan.say(f"publish cost, round {number + 1} of {rounds}")
         for case in cases:

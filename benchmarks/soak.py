@@ -1,0 +1,227 @@
+"""``python -m benchmarks.soak``: an hour at half load. Does memory grow, is anything lost, does
+latency drift?
+
+Half of the rate that the gateway sustains at the start, and beside it a worker whose runs begin and
+end all the time, through the whole path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import linear_regression, median
+
+from benchmarks.figures import DISTRIBUTION_COLUMNS, Distribution, Table, over_rounds
+from benchmarks.load import (
+    open_channels,
+    relay_feeds,
+    relay_target,
+    token_for,
+)
+from benchmarks.processes import (
+    ROOT,
+    BenchmarkFailed,
+    Gateway,
+    Placement,
+    Process,
+    RedisProcess,
+    raise_file_limit,
+)
+from benchmarks.stage import Plan, Stage
+from benchmarks.websocket import JsonSocket
+
+USERS = 500
+RUN_USER = USERS
+STRETCH_S = 20.0
+MOST_RATE = 10_000
+GROWTH_LIMIT = 0.05
+"""Share by which the gateway's memory may grow in the second half."""
+
+NOISE_KIB = 4_096
+DRIFT_LIMIT = 2.0
+DRIFT_NOISE_MS = 20.0
+
+
+@dataclass
+class Diary:
+    """What each stretch of the load was like."""
+
+    at_s: list[float] = field(default_factory=list)
+    latency: list[Distribution] = field(default_factory=list)
+    memory_kib: dict[str, list[int]] = field(default_factory=dict)
+    delivered: int = 0
+
+    def note(self, at_s: float, processes: dict[str, Process]) -> None:
+        self.at_s.append(at_s)
+        for name, process in processes.items():
+            self.memory_kib.setdefault(name, []).append(process.rss_kib())
+
+    def growth_kib(self, name: str) -> float:
+        """Give the growth over the second half, by its slope; caches fill in the first."""
+        half = len(self.at_s) // 2
+        if len(self.at_s) - half < 2:
+            return 0.0
+        slope = linear_regression(self.at_s[half:], self.memory_kib[name][half:]).slope
+        return slope * (self.at_s[-1] - self.at_s[half])
+
+
+class Runs(threading.Thread):
+    """One user who asks the worker again and again, and checks each run's sequence."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        super().__init__(name="runs")
+        self.completed = 0
+        self.failure: BaseException | None = None
+        self._port = gateway.port
+        self._is_over = threading.Event()
+
+    def run(self) -> None:
+        try:
+            asyncio.run(self._ask())
+        except BaseException as error:  # noqa: BLE001 -- told to the main thread by stop
+            self.failure = error
+
+    async def _ask(self) -> None:
+        offer = f"relay.v1, bearer.{token_for(RUN_USER)}"
+        socket = await JsonSocket.open(self._port, "/v1/ws?since=now", offer)
+        await socket.receive_until("connection_established")
+        while not self._is_over.is_set():
+            await self._ask_once(socket)
+            self.completed += 1
+            await asyncio.sleep(0.1)
+        await socket.close()
+
+    async def _ask_once(self, socket: JsonSocket) -> None:
+        socket.send(
+            {
+                "type": "user_message",
+                "id": f"soak-{self.completed}",
+                "thread_id": "soak",
+                "agent": "words",
+                "content": "as many words as it takes",
+            }
+        )
+        seqs: list[int] = []
+        async with asyncio.timeout(30):
+            while True:
+                frame = await socket.receive()
+                if "seq" in frame:
+                    seqs.append(frame["seq"])
+                if frame["type"] in ("agent_error", "agent_cancelled", "error"):
+                    raise BenchmarkFailed(f"a run failed: {frame}")
+                if frame["type"] == "agent_completed":
+                    break
+        if seqs != list(range(1, len(seqs) + 1)):
+            raise BenchmarkFailed(f"a run's sequence has a hole: {seqs}")
+
+    def stop(self) -> None:
+        """Let the current run end.
+
+        Raises:
+            BenchmarkFailed: A run was not right.
+        """
+        self._is_over.set()
+        self.join(60)
+        if self.failure is not None:
+            raise BenchmarkFailed(f"runs beside the load: {self.failure!r}") from self.failure
+
+
+def soak(plan: Plan, minutes: float) -> tuple[str, bool]:
+    """Run it; give the report and whether all is well."""
+    with Stage(plan) as stage:
+        server = stage.redis()
+        open_channels(server, USERS)
+        gateway = stage.gateway(server)
+        worker = stage.worker(server, "quickstart:worker", str(ROOT / "examples"))
+        load = stage.load([relay_target(user, gateway.port) for user in range(USERS)])
+        load.connect(is_relay=True)
+        load.use_redis(server, relay_feeds(server, USERS))
+        most = median(load.flow(1.0, window=USERS).rate for _ in range(3))
+        rate = min(MOST_RATE, most / 2)
+        plan.say(f"{rate:,.0f} events/s, half of {most:,.0f}, for {minutes:g} minutes")
+        runs = Runs(gateway)
+        runs.start()
+        diary = Diary()
+        processes = {"gateway": gateway.process, "worker": worker, "Redis": server.process}
+        began_s = time.monotonic()
+        stretch_s = min(STRETCH_S, minutes * 60 / 6)
+        try:
+            while time.monotonic() - began_s < minutes * 60:
+                count = load.pace(stretch_s, rate=rate)
+                diary.delivered += count.received
+                diary.latency.append(count.latency)
+                diary.note(time.monotonic() - began_s, processes)
+                if runs.failure is not None:
+                    break
+        finally:
+            runs.stop()
+        return _report(diary, runs.completed, rate, minutes, _history(server))
+
+
+def _history(server: RedisProcess) -> str:
+    return f"{server.client.dbsize():,} keys in Redis at the end"
+
+
+def _report(diary: Diary, runs: int, rate: float, minutes: float, history: str) -> tuple[str, bool]:
+    columns = ["resident memory", "first KiB", "middle KiB", "last KiB", "second half's slope, KiB"]
+    memory = Table(columns)
+    is_well = True
+    for name, sizes in diary.memory_kib.items():
+        growth = diary.growth_kib(name)
+        cells = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
+        memory.rows.append([name, *(f"{size:,}" for size in cells), f"{growth:+,.0f}"])
+        if name == "gateway":
+            is_well = growth <= max(NOISE_KIB, GROWTH_LIMIT * sizes[-1])
+    third = max(1, len(diary.latency) // 3)
+    parts = {
+        "first third": diary.latency[:third],
+        "last third": diary.latency[-third:],
+    }
+    latency = Table(["publish to client", *DISTRIBUTION_COLUMNS])
+    summaries = {name: over_rounds(entries) for name, entries in parts.items()}
+    for name, summary in summaries.items():
+        latency.rows.append([name, *summary.cells()])
+    first, last = summaries["first third"].p99_ms, summaries["last third"].p99_ms
+    has_drifted = last > max(first * DRIFT_LIMIT, first + DRIFT_NOISE_MS)
+    verdict = "all is well" if is_well and not has_drifted else "NOT WELL"
+    text = "\n\n".join(
+        [
+            f"Soak of {minutes:g} minutes at {rate:,.0f} events/s: {verdict}",
+            (
+                f"{diary.delivered:,} events delivered, each once and in order; {runs:,} whole "
+                f"runs beside them; {history}."
+            ),
+            memory.markdown(),
+            latency.markdown(),
+        ]
+    )
+    return text, is_well and not has_drifted
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    options = parser.parse_args()
+    raise_file_limit()
+
+    def say(text: str) -> None:
+        print(f"... {text}", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="agent-relay-soak-") as folder:
+        try:
+            text, is_well = soak(Plan(False, Path(folder), Placement(), say), options.minutes)
+        except BenchmarkFailed as failure:
+            print(f"Error: {failure}", file=sys.stderr)
+            return 1
+    print(text)
+    return 0 if is_well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""The benchmark runs, its generators agree, and it does not overlook a delivery that is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+
+from benchmarks.flame import draw, own_shares
+from benchmarks.load import (
+    LoadClient,
+    open_channels,
+    plain_feeds,
+    plain_target,
+    relay_feeds,
+    relay_target,
+)
+from benchmarks.native import compile_program
+from benchmarks.processes import ROOT, BenchmarkFailed, Placement
+from benchmarks.stage import Plan, Stage
+from relay.codec import LiveBatch, Publication, decode_live
+from relay.keys import Keys
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+USERS = 8
+KINDS = ["python"] + (["c"] if compile_program("load_client") else [])
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return Plan(True, tmp_path, Placement(), lambda _: None)
+
+
+@pytest.fixture
+def stage(plan: Plan) -> Iterator[Stage]:
+    with Stage(plan) as stage:
+        yield stage
+
+
+def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+
+
+def test_quick_run_writes_results(tmp_path: Path) -> None:
+    results = tmp_path / "RESULTS.md"
+    measures = ["--only=first-event", "--only=sustained", "--only=publish"]
+    done = run_module("benchmarks", "--quick", *measures, f"--output={results}")
+    assert done.returncode == 0, done.stderr
+    text = results.read_text()
+    for expected in ("First event after the request", "5 x 120", "ten in one go", "| Commit |"):
+        assert expected in text
+    assert "met: p99 to `agent_queued`, one at a time" in text
+
+
+def test_soak_reports_memory_and_latency() -> None:
+    done = run_module("benchmarks.soak", "--minutes", "0.1")
+    assert "delivered, each once and in order" in done.stdout, done.stderr
+    assert "| gateway" in done.stdout
+    assert "| last third" in done.stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generator_counts_every_event_of_the_relay_once(stage: Stage, kind: str) -> None:
+    server = stage.redis()
+    open_channels(server, USERS)
+    gateway = stage.gateway(server)
+    targets = [relay_target(user, gateway.port) for user in range(USERS)]
+    load = LoadClient(stage.folder, targets, kind)
+    try:
+        assert load.kind == kind
+        load.connect(is_relay=True)
+        load.use_redis(server, relay_feeds(server, USERS))
+        for burst, batched in ((1, False), (5, False), (5, True)):
+            count = load.pace(0.4, rate=500, burst=burst, batched=batched)
+            assert count.published == count.received == count.latency.samples == 200
+        flowed = load.flow(0.3, window=USERS)
+        assert flowed.received == flowed.published > USERS
+    finally:
+        load.stop()
+    assert gateway.process.cpu_s() > 0
+    assert gateway.process.rss_kib() > 1_000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_published_messages_are_those_of_the_publish_script(stage: Stage, kind: str) -> None:
+    server = stage.redis()
+    open_channels(server, 1)
+    gateway = stage.gateway(server)
+    pubsub = server.client.pubsub(ignore_subscribe_messages=True)
+    pubsub.subscribe(Keys().user("u00000").live)
+    assert pubsub.get_message(timeout=5) is None
+    load = LoadClient(stage.folder, [relay_target(0, gateway.port)], kind)
+    try:
+        load.connect(is_relay=True)
+        load.use_redis(server, relay_feeds(server, 1))
+        load.pace(0.1, rate=50, burst=5, batched=True)
+        message = pubsub.get_message(timeout=5)
+    finally:
+        load.stop()
+        pubsub.close()
+    assert message is not None
+    batch: LiveBatch = decode_live(message["data"])
+    first: Publication = batch.publications[0]
+    assert (batch.epoch, len(batch.publications), first.offset) == ("0" * 12, 5, 1_000_001)
+    assert b'"type":"custom"' in first.frame
+    assert b"bench:0:0:" in first.frame
+
+
+@pytest.mark.parametrize("reference", ["starlette", "each", "tick"])
+def test_references_deliver_everything(stage: Stage, reference: str) -> None:
+    server = stage.redis()
+    started = (
+        stage.starlette(server) if reference == "starlette" else stage.floor(server, reference)
+    )
+    if started is None:
+        assert KINDS == ["python"]
+        return
+    load = stage.load([plain_target(user, started.port, "x") for user in range(USERS)])
+    load.connect(is_relay=False)
+    load.use_redis(server, plain_feeds(USERS, "x"))
+    count = load.flow(0.3, window=USERS, burst=5)
+    assert count.received == count.published > USERS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("marks", "fault"),
+    [
+        (["bench:0:0:1;", "bench:0:2:1;"], "'missing': 1"),
+        (["bench:0:0:1;", "bench:0:0:1;"], "'repeated': 1"),
+        (["bench:0:0:1;", "bench:1:0:1;"], "'foreign': 1"),
+        (["bench:0:0:1;"], "'received': 1"),
+    ],
+)
+def test_generator_notices_wrong_deliveries(
+    stage: Stage, kind: str, marks: list[str], fault: str
+) -> None:
+    server = stage.redis()
+    reference = stage.starlette(server)
+    load = LoadClient(stage.folder, [plain_target(0, reference.port, "x")], kind)
+    try:
+        load.connect(is_relay=False)
+        load.reset()
+        for mark in marks:
+            assert server.client.publish("x-u00000", f"event {mark}") == 1
+        with pytest.raises(BenchmarkFailed, match=fault):
+            load.collect(2, timeout_s=1)
+    finally:
+        load.stop()
+
+
+def test_a_refused_connection_is_an_error(stage: Stage) -> None:
+    server = stage.redis()
+    gateway = stage.gateway(server)
+    target = plain_target(0, gateway.port, "no-token")
+    for kind in KINDS:
+        load = LoadClient(stage.folder, [target], kind)
+        try:
+            with pytest.raises(BenchmarkFailed, match="refused"):
+                load.connect(is_relay=False)
+        finally:
+            load.stop()
+
+
+def test_profile_leaves_a_flame_graph(tmp_path: Path) -> None:
+    began = time.monotonic()
+    quick = ["benchmarks", "--quick", "--only=sustained", f"--profile={tmp_path}"]
+    done = run_module(*quick)
+    assert done.returncode == 0, done.stderr
+    assert "gateway/feed.py" in done.stdout
+    for mode in ("one-at-a-time", "batches"):
+        graph = (tmp_path / f"gateway-{mode}.svg").read_text()
+        assert graph.startswith("<svg")
+        assert "FeedHub._receive" in graph
+    assert time.monotonic() - began < 120
+
+
+def test_flame_graph_widths_are_shares() -> None:
+    stacks = Counter({("main (a/b.py:1)", "work (a/c.py:2)"): 3, ("main (a/b.py:1)",): 1})
+    assert own_shares(stacks) == [("work (a/c.py:2)", 0.75), ("main (a/b.py:1)", 0.25)]
+    assert own_shares(stacks, by_file=True) == [("a/c.py", 0.75), ("a/b.py", 0.25)]
+    graph = draw(stacks, "t <1>")
+    assert "work (a/c.py:2): 75.0%" in graph
+    assert "t &lt;1&gt;: 4 samples" in graph
