@@ -6,8 +6,9 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from gateway.requests import MessageFields, check_content
+from gateway.requests import AnswerFields, MessageFields, check_content
 from relay.errors import RequestRefused
+from relay.inputs import InputAnswer
 from relay.run_model import AgentInfo, CancelOutcome, RunDetail, SubmitRequest, Submitted
 from relay.runs import RunRegistry
 
@@ -92,6 +93,20 @@ class RunCommands:
             RedisUnavailable: Whether the request was noted is unknown; ask again.
         """
         return await self.registry.cancel(user_id, run_id, by="user", reason=reason)
+
+    async def answer_input(
+        self, user_id: str, run_id: str, request_id: str, answer: AnswerFields
+    ) -> None:
+        """Answer an agent's question; the first answer, from whichever tab, counts.
+
+        Raises:
+            RequestRefused: ``unknown_run``, ``run_ended``, ``unknown_request``,
+                ``invalid_frame``: the value does not fit the question, which stays open.
+            RedisUnavailable: Whether it was answered is unknown; answering again tells.
+        """
+        await self.registry.answer_input(
+            user_id, run_id, request_id, InputAnswer(answer.value, answer.is_denied)
+        )
 
     async def get(self, user_id: str, run_id: str) -> RunDetail:
         """Look up a run.

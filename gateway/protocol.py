@@ -23,8 +23,9 @@ from gateway.feed import Attachment, FeedHub
 from gateway.metrics import GatewayMetrics
 from gateway.outbox import Outbox
 from gateway.refusals import refusal_of
-from gateway.requests import Cancel, UserMessage
+from gateway.requests import Cancel, InputResponse, UserMessage
 from gateway.session import (
+    AnswerInput,
     CancelRun,
     Close,
     Effect,
@@ -242,6 +243,8 @@ class Connection:
                 await self._answer(message.id, self._submit(message))
             case CancelRun(request):
                 await self._answer(request.id, self._cancel(request))
+            case AnswerInput(response):
+                await self._answer(response.id, self._answer_input(response))
             case VerifyToken(frame_id, token):
                 await self._answer(frame_id, self._refresh(frame_id, token))
             case _:
@@ -277,6 +280,11 @@ class Connection:
     async def _cancel(self, request: Cancel) -> list[Effect]:
         outcome = await self._services.commands.cancel(self.user_id, request.run_id, request.reason)
         return [Reply(frames.ack(request.id, run_id=outcome.run_id, status=outcome.status))]
+
+    async def _answer_input(self, response: InputResponse) -> list[Effect]:
+        run_id, request_id = response.run_id, response.request_id
+        await self._services.commands.answer_input(self.user_id, run_id, request_id, response)
+        return [Reply(frames.ack(response.id, run_id=run_id, request_id=request_id))]
 
     async def _refresh(self, frame_id: str, token: str) -> list[Effect]:
         identity = await self._services.authenticator.verify_token(token)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from relay.errors import RequestRefused
 
@@ -60,6 +60,35 @@ class Cancel(Request):
     reason: Annotated[str, Field(max_length=500)] | None = None
 
 
+class AnswerFields(Request):
+    """What a user says to an agent's question: a value, or a denial; exactly one of them."""
+
+    value: Any = None
+    denied: Literal[True] | None = None
+
+    @property
+    def is_denied(self) -> bool:
+        """Whether the user refused to answer."""
+        return self.denied is True
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> Self:
+        if self.is_denied == ("value" in self.model_fields_set):
+            raise ValueError("needs either value or denied: true")
+        if _is_deeper_than(self.value, MAX_METADATA_DEPTH):
+            raise ValueError(f"value must not be nested deeper than {MAX_METADATA_DEPTH} levels")
+        return self
+
+
+class InputResponse(AnswerFields):
+    """Frame ``input_response``: answer an agent's question."""
+
+    type: Literal["input_response"]
+    id: Identifier
+    run_id: Identifier
+    request_id: Identifier
+
+
 class RefreshToken(Request):
     """Frame ``refresh_token``: go on with a newer token of the same user."""
 
@@ -81,17 +110,22 @@ class RunBody(MessageFields):
     message_id: Identifier | None = None
 
 
+class InputBody(AnswerFields):
+    """Body of ``POST /v1/runs/{id}/inputs/{request_id}``."""
+
+
 class CancelBody(Request):
     """Body of ``POST /v1/runs/{id}/cancel``; may be left out."""
 
     reason: Annotated[str, Field(max_length=500)] | None = None
 
 
-Frame = UserMessage | Cancel | RefreshToken | Ping
+Frame = UserMessage | Cancel | InputResponse | RefreshToken | Ping
 
-FRAME_MODELS: dict[str, type[UserMessage | Cancel | RefreshToken | Ping]] = {
+FRAME_MODELS: dict[str, type[Frame]] = {
     "user_message": UserMessage,
     "cancel": Cancel,
+    "input_response": InputResponse,
     "refresh_token": RefreshToken,
     "ping": Ping,
 }
@@ -173,7 +207,9 @@ def _describe(model: type[Request], error: ValidationError) -> str:
                 text = f"there is no such field; the fields are {', '.join(model.model_fields)}"
             case _:
                 text = item["msg"].removeprefix("Value error, ")
-        problems.append(f"{name}: {text[0].lower()}{text[1:]}")
+        text = f"{text[0].lower()}{text[1:]}"
+        # A rule about several fields has no place of its own.
+        problems.append(f"{name}: {text}" if name else text)
     shown = problems[:5]
     if len(problems) > len(shown):
         shown.append(f"and {len(problems) - len(shown)} more")

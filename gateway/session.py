@@ -12,6 +12,7 @@ from gateway import frames
 from gateway.requests import (
     Cancel,
     Frame,
+    InputResponse,
     Ping,
     RefreshToken,
     UserMessage,
@@ -64,6 +65,13 @@ class CancelRun:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerInput:
+    """Answer an agent's question."""
+
+    response: InputResponse
+
+
+@dataclass(frozen=True, slots=True)
 class VerifyToken:
     """Verify a token; then call ``token_verified``, or ``refuse``."""
 
@@ -79,7 +87,7 @@ class Close:
     reason: str
 
 
-Effect = Reply | Pong | Submit | CancelRun | VerifyToken | Close
+Effect = Reply | Pong | Submit | CancelRun | AnswerInput | VerifyToken | Close
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +154,8 @@ class Session:
                 return [Submit(frame)]
             case Cancel():
                 return [CancelRun(frame)]
+            case InputResponse():
+                return [AnswerInput(frame)]
             case RefreshToken():
                 return [VerifyToken(frame.id, frame.token)]
             case Ping():

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from gateway.commands import RunCommands
 from gateway.http.bodies import read_fields
 from gateway.http.problems import json_response
-from gateway.requests import CancelBody, RunBody
+from gateway.requests import CancelBody, InputBody, RunBody
 from relay.tokens import Identity
 
 Identify = Callable[[Request], Awaitable[Identity]]
@@ -55,9 +55,17 @@ def run_routes(identify: Identify, commands: RunCommands, max_body_bytes: int) -
         outcome = await commands.cancel(identity.user_id, run_id, body.reason)
         return json_response({"run_id": outcome.run_id, "status": outcome.status}, 202)
 
+    async def answer_input(request: Request) -> Response:
+        identity = await identify(request)
+        body = await read_fields(request, InputBody, max_body_bytes)
+        run_id, request_id = request.path_params["run_id"], request.path_params["request_id"]
+        await commands.answer_input(identity.user_id, run_id, request_id, body)
+        return json_response({"run_id": run_id, "request_id": request_id}, 202)
+
     return [
         Route("/v1/runs", submit, methods=["POST"]),
         Route("/v1/runs", list_runs, methods=["GET"]),
         Route("/v1/runs/{run_id}", get, methods=["GET"]),
         Route("/v1/runs/{run_id}/cancel", cancel, methods=["POST"]),
+        Route("/v1/runs/{run_id}/inputs/{request_id}", answer_input, methods=["POST"]),
     ]

@@ -220,6 +220,21 @@ class Work:
             EventType.AGENT_COMPLETED, {"result": "".join(pieces), "duration_ms": 1}
         )
 
+    async def question(self, run_id: str, user_id: str = "alice") -> str:
+        """Let a run ask its user something, and wait for the answer."""
+        claim = await self.registry.claim(user_id, run_id, "worker", 15_000)
+        assert isinstance(claim, Claim)
+        stream = self.publisher.open(claim, on_refused=lambda _: None)
+        await stream.publish(EventType.AGENT_STARTED, {})
+        asked = {
+            "prompt": "Which colour?",
+            "kind": "text",
+            "expires_at": "2099-01-01T00:00:00.000Z",
+        }
+        await stream.publish(EventType.INPUT_REQUESTED, {"request_id": "q1", **asked})
+        await stream.flush()
+        return "q1"
+
     async def run(self, user_id: str = "alice", **options: Any) -> str:
         run_id = await self.submit(user_id)
         await self.carry_out(run_id, user_id, **options)

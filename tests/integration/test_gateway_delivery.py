@@ -276,3 +276,47 @@ async def test_outage_of_redis_is_told_and_survived(own_redis: OwnRedis, key_pre
         async with Work(settings) as work:
             run_id = await work.run()
             assert (await opened.until("agent_completed"))["run_id"] == run_id
+
+
+async def test_client_that_takes_nothing_is_closed_with_4410(
+    redis_url: str, key_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.outbox.NO_PROGRESS_LIMIT_MS", 600)
+    settings = gateway_settings(redis_url, key_prefix, heartbeat_ms=200)
+    async with running_gateway(settings) as gateway, Work(settings) as work, tab(gateway) as fast:
+        raw = sockets.socket()
+        raw.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4_096)
+        raw.setblocking(False)
+        host, port = gateway.url.removeprefix("http://").split(":")
+        await asyncio.get_running_loop().sock_connect(raw, (host, int(port)))
+        async with raw_tab(gateway, headers=bearer(), sock=raw, max_queue=None) as slow:
+            slow.socket.transport.pause_reading()
+            for _ in range(150):
+                await work.run(pieces=("x" * 20_000,))
+
+            async def is_closed() -> bool:
+                return gateway.metrics.closed["4410"] == 1
+
+            await eventually(is_closed)
+            slow.socket.transport.resume_reading()
+            assert (await slow.closed())[0] == CloseCode.TOO_SLOW
+        while len([e for e in fast.events if e["type"] == "agent_completed"]) < 150:
+            await fast.receive()
+
+
+async def test_client_that_does_not_answer_pings_is_closed_with_4408(
+    redis_url: str, key_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.server.PING_INTERVAL_S", 0.2)
+    monkeypatch.setattr("gateway.server.PING_TIMEOUT_S", 0.3)
+    settings = gateway_settings(redis_url, key_prefix)
+    async with running_gateway(settings) as gateway, tab(gateway) as silent, tab(gateway) as lively:
+        silent.socket.transport.pause_reading()
+
+        async def is_closed() -> bool:
+            return gateway.metrics.closed["4408"] == 1
+
+        await eventually(is_closed)
+        silent.socket.transport.resume_reading()
+        assert (await silent.closed())[0] == CloseCode.NO_PONG
+        assert await lively.is_alive()

@@ -34,7 +34,7 @@ MISTAKES = {
     "[]": "invalid_frame",
     "{}": "invalid_frame",
     '{"type": "subscribe", "id": "1", "channel": "relay:{bob}:live"}': "unknown_type",
-    '{"type": "input_response", "id": "1"}': "unknown_type",
+    '{"type": "input_response", "id": "1", "run_id": "r", "request_id": "q"}': "invalid_frame",
     '{"type": "user_message", "id": "1", "content": "x"}': "invalid_frame",
     '{"type": "user_message", "id": "1", "thread_id": "t", "content": 5}': "invalid_frame",
 }
@@ -161,4 +161,29 @@ async def test_cancel_ends_a_queued_run_and_a_foreign_one_is_unknown(gateway: Ga
         assert (await alice.ask(type="cancel", run_id=run_id))["code"] == "run_ended"
         assert (await alice.ask(type="cancel", run_id="run_x"))["code"] == "unknown_run"
         assert await bob.is_alive()
+        assert not bob.events
+
+
+async def test_question_is_answered_by_its_user_once(gateway: Gateway) -> None:
+    async with Work(gateway.settings) as work, tab(gateway) as alice, tab(gateway, "bob") as bob:
+        run_id = await work.submit("alice")
+        answer = {"type": "input_response", "run_id": run_id, "request_id": "q1"}
+        assert (await alice.ask(**answer, value="blue"))["code"] == "unknown_request"
+        await work.question(run_id)
+        await alice.until("input_requested")
+        for wrong in ({}, {"value": "blue", "denied": True}, {"denied": False}):
+            refused = await alice.ask(**answer, **wrong)
+            assert refused["code"] == "invalid_frame"
+            assert "denied" in refused["message"]
+        assert (await bob.ask(**answer, value="red"))["code"] == "unknown_run"
+        accepted = await alice.ask(**answer, value="blue")
+        assert (accepted["type"], accepted["run_id"], accepted["request_id"]) == (
+            "ack",
+            run_id,
+            "q1",
+        )
+        resolved = [frame for frame in alice.frames if frame["type"] == "input_resolved"]
+        data = (resolved[0] if resolved else await alice.until("input_resolved"))["data"]
+        assert (data["outcome"], data["value"]) == ("answered", "blue")
+        assert (await alice.ask(**answer, denied=True))["code"] == "unknown_request"
         assert not bob.events

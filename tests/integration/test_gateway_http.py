@@ -97,6 +97,17 @@ async def test_run_is_cancelled(gateway: Gateway, work: Work) -> None:
         check_problem(await client.post(f"/v1/runs/{run_id}/cancel"), 409, "run_ended")
 
 
+async def test_question_is_answered_over_http(gateway: Gateway, work: Work) -> None:
+    async with http(gateway) as client, http(gateway, "bob") as stranger:
+        run_id = await work.submit()
+        address = f"/v1/runs/{run_id}/inputs/{await work.question(run_id)}"
+        check_problem(await stranger.post(address, json={"value": "x"}), 404, "unknown_run")
+        check_problem(await client.post(address, json={}), 422, "invalid_frame")
+        answer = await client.post(address, json={"denied": True})
+        assert (answer.status_code, answer.json()) == (202, {"run_id": run_id, "request_id": "q1"})
+        check_problem(await client.post(address, json={"value": "x"}), 409, "unknown_request")
+
+
 async def test_runs_of_others_do_not_exist(gateway: Gateway, work: Work) -> None:
     run_id = await work.submit("alice")
     async with http(gateway, "bob") as client:
