@@ -31,6 +31,7 @@ class LoadRun:
     Attributes:
         events: Type and data of each lifecycle event, in ``seq`` order; the first is seq 1.
         texts: All text of each message of the current attempt, in order.
+        pieces: How many pieces of text were published.
         is_lost: Redis has lost the run with all that was published in it.
     """
 
@@ -46,7 +47,7 @@ class LoadRun:
         self._load = load
         self._is_in_message = False
         self._tools = 0
-        self._pieces = 0
+        self.pieces = 0
 
     async def publish(self, event_type: EventType, data: dict[str, Any]) -> None:
         """Publish a lifecycle event and enter it into the books."""
@@ -54,15 +55,15 @@ class LoadRun:
         self.events.append((event_type.value, data))
         self._is_in_message = False
 
-    async def think(self) -> None:
+    async def think(self, *, padding: int = 0) -> None:
         """Publish the next ``agent_thinking``, marked with user and number."""
-        thought = f"{self.user_id}#{len(self.events) + 1}"
+        thought = f"{self.user_id}#{len(self.events) + 1}" + "." * padding
         await self.publish(EventType.AGENT_THINKING, {"thought": thought})
 
-    async def delta(self, text: str | None = None) -> None:
+    async def delta(self, *, padding: int = 0) -> None:
         """Publish a piece of text, marked with user and number."""
-        self._pieces += 1
-        piece = f"{self.user_id}.{self._pieces} " if text is None else text
+        self.pieces += 1
+        piece = f"{self.user_id}.{self.pieces} " + "." * padding
         await self.stream.delta(piece)
         if not self._is_in_message:
             self.texts.append("")
@@ -129,6 +130,7 @@ class Load:
         self.keys = Keys(key_prefix)
         self.runs: list[LoadRun] = []
         self._link = RedisLink(redis_url, limits=limits)
+        self.redis = self._link.client
         self.registry = RunRegistry(self._link, self.keys)
         self.publisher = Publisher(self._link, self.keys, merge_ms=merge_ms)
 
@@ -187,6 +189,7 @@ async def keep_publishing(
     *,
     seed: int = 0,
     lifecycle_share: float = 0.2,
+    padding: int = 0,
 ) -> int:
     """Publish to the runs in turn at a total rate: text mostly, thoughts and tool calls between.
 
@@ -213,7 +216,7 @@ async def keep_publishing(
             elif chance < lifecycle_share * 0.75:
                 await run.call_tool()
             else:
-                await run.delta()
+                await run.delta(padding=padding)
         await asyncio.sleep(0.005)
     return steps
 

@@ -60,8 +60,8 @@ async def test_gateways_killed_in_turn_cost_no_event(
             steps = await publishing
             await asyncio.gather(*restarts)
             await load.complete_all()
-            await arrive(load, fleet)
-            verify(load, fleet.clients)
+            await arrive(load.runs, fleet.clients)
+            verify(load.runs, fleet.clients)
             durations = [outage.duration_ms for outage in fleet.outages()]
             assert durations
             report(

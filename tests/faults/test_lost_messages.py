@@ -62,8 +62,8 @@ async def test_subscriptions_killed_every_second_are_not_noticed(
                 killed += await redis.client_kill_filter(_type="pubsub")
             await publishing
             await load.complete_all()
-            await arrive(load, fleet)
-            verify(load, fleet.clients)
+            await arrive(load.runs, fleet.clients)
+            verify(load.runs, fleet.clients)
             assert not fleet.outages()
             assert killed >= size.seconds
             delays = [
@@ -131,8 +131,8 @@ async def test_swallowed_messages_are_repaired_by_the_next_or_the_position_check
                     )
                 )
                 await load.complete_all()
-                await arrive(load, fleet)
-                verify(load, fleet.clients)
+                await arrive(load.runs, fleet.clients)
+                verify(load.runs, fleet.clients)
                 assert not fleet.outages()
                 report(
                     swallowed=sum(map(len, swallowed)),
@@ -210,8 +210,8 @@ async def test_a_cut_subscription_is_noticed_and_readiness_is_red_meanwhile(
                     await gateway.wait_ready(5.0)
                     red = [at_s - began_s for at_s, is_ready in answers if not is_ready]
                 await run.complete()
-                await arrive(load, fleet)
-                verify(load, fleet.clients)
+                await arrive(load.runs, fleet.clients)
+                verify(load.runs, fleet.clients)
                 assert not fleet.outages()
                 assert red
                 assert min(red) < NOTICE_DEADLINE_S
@@ -246,8 +246,8 @@ async def test_gateways_keep_their_connections_while_redis_is_away(
                 proxy.cut()
                 back_s = await client.until(lambda one: _degraded(one) == [True, False], 10.0)
                 await run.complete()
-                await arrive(load, fleet)
-                verify(load, fleet.clients)
+                await arrive(load.runs, fleet.clients)
+                verify(load.runs, fleet.clients)
                 assert not fleet.outages()
                 await gateway.wait_ready(5.0)
                 report(told_after_ms=told_s * 1_000, back_after_ms=back_s * 1_000)
@@ -296,6 +296,6 @@ async def test_lost_acknowledgements_double_nothing(
                 proxy.lose_next_reply()
                 await load.complete_all()
                 assert proxy.replies_to_lose == 0
-                await arrive(load, fleet)
-                verify(load, fleet.clients)
+                await arrive(load.runs, fleet.clients)
+                verify(load.runs, fleet.clients)
                 report(lost_acknowledgements=size // 3 + 1)

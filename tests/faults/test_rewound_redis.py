@@ -185,8 +185,8 @@ async def test_who_is_above_what_survived_gets_one_reset_and_nobody_else(
                 for client in (away_above, away_at, away_below):
                     await client.start()
                 await load.complete_all()
-                await arrive(load, fleet)
-                verify(load, fleet.clients)
+                await arrive(load.runs, fleet.clients)
+                verify(load.runs, fleet.clients)
 
                 assert new.has_ended(for_carol.run_id)
                 if not survives:
@@ -242,7 +242,7 @@ async def test_a_restart_with_a_complete_append_only_file_is_not_noticed(
                 for client in clients:
                     await client.until(_is_at(run))
             await load.complete_all()
-            await arrive(load, fleet)
-            verify(load, fleet.clients)
+            await arrive(load.runs, fleet.clients)
+            verify(load.runs, fleet.clients)
             assert not any(client.resets for client in fleet.clients)
             assert not any(client.outages for client in clients)

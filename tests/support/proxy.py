@@ -21,6 +21,8 @@ CHUNK_BYTES = 65_536
 SMALL_BUFFER_BYTES = 4_096
 """Socket buffers where the rate is limited: a megabyte in a buffer is not a slow reader."""
 
+SMALL_SEGMENT_BYTES = 536
+
 _START_DEADLINE_S = 10.0
 _Result = TypeVar("_Result")
 
@@ -260,6 +262,9 @@ class TcpProxy:
         if self._bytes_per_s is not None:
             # Before the connection is made: the window is agreed upon in the handshake.
             upstream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER_BYTES)
+            # The server's kernel buffers some dozens of segments, and a segment on loopback has
+            # 64 KiB: without this, megabytes wait where no application sees them.
+            upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SMALL_SEGMENT_BYTES)
         try:
             await self._loop.sock_connect(upstream, ("127.0.0.1", self._target))
         except OSError:

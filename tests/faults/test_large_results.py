@@ -1,0 +1,124 @@
+"""A result of 10 MiB: whole on every tab, in nobody's way."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis.asyncio
+
+from tests.conftest import OwnRedis
+from tests.faults.accounts import arrive, verify
+from tests.faults.conftest import Report
+from tests.faults.load import Load, keep_publishing
+from tests.faults.sizes import sized
+from tests.support.fleet import Fleet, FleetClient, percentile
+from tests.support.proxy import TcpProxy
+from tests.support.stack import Stack
+
+HEARTBEAT_MS = 2_000
+HEARTBEAT_LATEST_S = 2.5 * HEARTBEAT_MS / 1_000
+"""Later than this, and a client takes its gateway for dead."""
+
+OTHER_DELAY_LIMIT_MS = 50
+OMEM_LIMIT_BYTES = 1_048_576
+
+
+@dataclass(frozen=True)
+class Size:
+    result_bytes: int
+    slow_bytes_per_s: float
+
+
+@sized(
+    small=Size(result_bytes=2 * 1_048_576, slow_bytes_per_s=524_288),
+    full=Size(result_bytes=10 * 1_048_576, slow_bytes_per_s=131_072),
+)
+async def test_a_large_result_arrives_whole_and_delays_nobody(
+    size: Size, own_redis: OwnRedis, tmp_path: Path, report: Report
+) -> None:
+    server = await own_redis()
+    async with (
+        Stack(tmp_path, server.url, settings={"HEARTBEAT_MS": HEARTBEAT_MS}) as stack,
+        Load(server.url, stack.key_prefix) as load,
+        server.client() as redis_client,
+    ):
+        gateway = await stack.start_gateway()
+        with TcpProxy(gateway.port, bytes_per_s=size.slow_bytes_per_s) as modem:
+            async with Fleet(stack.urls, stack.token) as fleet:
+                tab = fleet.add("alice", name="tab")
+                slow = fleet.add("alice", name="slow", urls=[modem.url])
+                other = fleet.add("bob", name="other")
+                await fleet.connect()
+                run, others_run = await load.open("alice"), await load.open("bob")
+                result = _result(size.result_bytes)
+                is_over = asyncio.Event()
+                others = asyncio.create_task(
+                    keep_publishing([others_run], 100, is_over.is_set, lifecycle_share=2)
+                )
+                watching = asyncio.create_task(_largest_omem(redis_client, is_over))
+                try:
+                    await asyncio.sleep(1.0)
+                    await run.think()
+                    began_s = time.monotonic()
+                    await run.complete(result)
+                    fast_s = await tab.until(lambda one: one.has_ended(run.run_id), 60.0)
+                    slow_s = await slow.until(lambda one: one.has_ended(run.run_id), 300.0)
+                    ended_s = time.monotonic()
+                finally:
+                    is_over.set()
+                await others
+                omem = await watching
+                await others_run.complete()
+                await arrive(load.runs, fleet.clients)
+                verify(load.runs, fleet.clients)
+                for client in (tab, slow):
+                    assert client.events[-1]["data"]["result"] == result
+                assert not fleet.outages()
+                delays = [
+                    other.delay_s(index) * 1_000
+                    for index, event in enumerate(other.events)
+                    if event["type"] == "agent_thinking"
+                ]
+                gaps = {
+                    client.name: _longest_without_heartbeat(client, began_s, ended_s)
+                    for client in fleet.clients
+                }
+                report(
+                    mebibytes=size.result_bytes / 1_048_576,
+                    fast_tab_ms=fast_s * 1_000,
+                    slow_tab_s=fast_s + slow_s,
+                    others_p99_ms=percentile(delays, 0.99),
+                    others_max_ms=max(delays),
+                    omem_max=omem,
+                    heartbeat_gap_s=max(gaps.values()),
+                )
+                assert max(gaps.values()) < HEARTBEAT_LATEST_S, gaps
+                assert omem < OMEM_LIMIT_BYTES
+                assert percentile(delays, 0.99) < OTHER_DELAY_LIMIT_MS
+
+
+def _result(size: int) -> str:
+    """Give text with characters of one to four bytes, quotes and line ends."""
+    chooser = random.Random(9)
+    block = "".join(chooser.choices('abc "\\\n€äß😀\t', k=4_096))
+    return (block * (size // len(block.encode()) + 1)).encode()[:size].decode(errors="ignore")
+
+
+async def _largest_omem(client: redis.asyncio.Redis, is_over: asyncio.Event) -> int:
+    """Give the largest output buffer of a subscriber while it lasts."""
+    largest = 0
+    while not is_over.is_set():
+        for info in await client.client_list(_type="pubsub"):
+            largest = max(largest, int(info["omem"]))
+        await asyncio.sleep(0.005)
+    return largest
+
+
+def _longest_without_heartbeat(client: FleetClient, began_s: float, ended_s: float) -> float:
+    beats = [at_s for at_s, frame in client.frames if frame["type"] == "heartbeat"]
+    moments = [began_s, *(at_s for at_s in beats if began_s < at_s < ended_s), ended_s]
+    return max(later - earlier for earlier, later in zip(moments, moments[1:], strict=False))
