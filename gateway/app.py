@@ -17,20 +17,19 @@ import structlog
 import uvloop
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.routing import BaseRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.auth import Authenticator, find_credential
 from gateway.commands import RunCommands
 from gateway.connection_pool import PoolLimits, WebSocketConnectionPool
-from gateway.drain import timetable
 from gateway.feed import FeedHub
+from gateway.handover import hand_over
 from gateway.handshake import websocket_routes
 from gateway.health import Health
 from gateway.http.internal import admin_routes, health_routes, metrics_routes
-from gateway.http.page import SafeHeaders, page_routes
+from gateway.http.middleware import ApiCors, SafeHeaders
+from gateway.http.page import page_routes
 from gateway.http.problems import EXCEPTION_HANDLERS
 from gateway.http.runs import run_routes
 from gateway.http.tickets import ticket_routes
@@ -56,9 +55,6 @@ from relay.tokens import Identity, TokenVerifier
 FIRST_PROBES = 5
 FIRST_PROBE_DEADLINE_S = 0.3
 """The first probes may overtake the subscription that should catch them: give up on them soon."""
-
-FLUSH_LIMIT_S = 2.0
-"""What a drained client gets to answer the close."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -291,30 +287,9 @@ class Gateway:
             )
 
     async def _drain(self) -> None:
-        """Hand over all connections, paced, and wait until the clients have left."""
         self.health.is_draining = True
-        loop = asyncio.get_running_loop()
-        began_s = loop.time()
-        connections = tuple(self.pool)
-        log.info("draining", connections=len(connections))
-        for connection, step in zip(connections, timetable(len(connections)), strict=True):
-            wait_s = began_s + step.at_ms / 1000 - loop.time()
-            if wait_s > 0 and not self._is_forced:
-                await asyncio.sleep(wait_s)
-            connection.drain(step.after_ms)
-        await self._wait_until_left(loop.time() + FLUSH_LIMIT_S)
-
-    async def _wait_until_left(self, deadline_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        # uvicorn's own close, which follows, cuts off a peer that has not answered yet.
-        while self._public is not None and self._public.server_state.connections:
-            if self._is_forced or loop.time() >= deadline_s:
-                return
-            await asyncio.sleep(TICK_MS / 2000)
-
-    @property
-    def _is_forced(self) -> bool:
-        return self._public is not None and self._public.force_exit
+        if self._public is not None:
+            await hand_over(self.pool, self._public)
 
     # --- Figures ---
 
@@ -374,32 +349,13 @@ class Gateway:
         ]
 
 
-class _ApiCors:
-    """Lets pages of the allowed origins call ``/v1/*``, and nothing else (ASGI middleware)."""
-
-    def __init__(self, app: ASGIApp, *, allowed_origins: tuple[str, ...]) -> None:
-        self._app = app
-        self._cors = CORSMiddleware(
-            app,
-            allow_origins=allowed_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=("Authorization", "Content-Type", "Last-Event-ID"),
-            expose_headers=("Retry-After",),
-        )
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
-        is_api = scope["type"] == "http" and scope["path"].startswith("/v1/")
-        await (self._cors if is_api else self._app)(scope, receive, send)
-
-
 def build_app(gateway: Gateway) -> Starlette:
     """Make the public application of a gateway."""
     return Starlette(
         routes=gateway.public_routes(),
         middleware=[
             Middleware(SafeHeaders),
-            Middleware(_ApiCors, allowed_origins=gateway.settings.allowed_origins),
+            Middleware(ApiCors, allowed_origins=gateway.settings.allowed_origins),
         ],
         exception_handlers=EXCEPTION_HANDLERS,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.drain import BATCH_INTERVAL_MS, LONGEST_MS, SPREAD_MS, timetable
@@ -26,6 +26,7 @@ def test_rate_is_bounded() -> None:
     assert max(per_batch) < 5_000
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60_000))
 def test_every_connection_has_its_turn_in_time(count: int) -> None:
     steps = list(timetable(count))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.outbox import NO_PROGRESS_LIMIT_MS, Outbox
@@ -62,6 +62,7 @@ def test_any_progress_starts_the_clock_again_and_more_frames_do_not() -> None:
     assert outbox.is_stuck(NOW + 110_000)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 400), max_size=60), st.integers(1, 500))
 def test_bound_is_the_budget_and_one_frame(sizes: list[int], budget: int) -> None:
     outbox, wakes, sent = Outbox(budget), 0, 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.session import (
@@ -154,6 +154,7 @@ def test_long_made_up_names_are_not_echoed_in_full(session: Session) -> None:
     assert len(error_of(unknown)["message"]) < 300
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200) | st.binary(max_size=200).map(lambda raw: raw.decode("latin-1")))
 def test_no_text_breaks_the_session(text: str) -> None:
     session = Session("alice", EXPIRY, LIMITS, NOW)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.wheel import TICK_MS, Wheel
@@ -43,6 +43,7 @@ def test_time_that_has_passed_is_due_at_the_next_turn() -> None:
     assert wheel.turn(NOW + TICK_MS) == ["a"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3_000), st.integers(0, 900)), max_size=40))
 def test_everything_comes_exactly_once_at_its_time(steps: list[tuple[int, int]]) -> None:
     wheel: Wheel[int] = Wheel(NOW)
