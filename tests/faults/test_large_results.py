@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from dataclasses import dataclass
@@ -121,4 +122,4 @@ async def _largest_omem(client: redis.asyncio.Redis, is_over: asyncio.Event) -> 
 def _longest_without_heartbeat(client: FleetClient, began_s: float, ended_s: float) -> float:
     beats = [at_s for at_s, frame in client.frames if frame["type"] == "heartbeat"]
     moments = [began_s, *(at_s for at_s in beats if began_s < at_s < ended_s), ended_s]
-    return max(later - earlier for earlier, later in zip(moments, moments[1:], strict=False))
+    return max(later - earlier for earlier, later in itertools.pairwise(moments))

@@ -151,9 +151,7 @@ async def test_a_retried_attempt_replaces_the_text_of_the_first(
             fleet.add("alice", name="witness")
             await fleet.connect()
             run = await load.open("alice")
-            publishing = asyncio.ensure_future(
-                stream(run, size.deltas, retry_at=size.deltas // 2)
-            )
+            publishing = asyncio.ensure_future(stream(run, size.deltas, retry_at=size.deltas // 2))
             joined = await join_while(publishing, fleet, load, size.joins, size.deltas)
             await publishing
             await run.complete()
