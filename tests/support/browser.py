@@ -1,0 +1,212 @@
+"""A real Chromium that opens the page, and notes everything it complains about."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.async_api import Browser, BrowserContext, Locator, Page, async_playwright
+
+BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome")
+NO_BROWSER = (
+    "There is no browser: none of "
+    + ", ".join(BROWSER_NAMES)
+    + " is on PATH and CHROMIUM names none. Install one, for example: apt-get install chromium"
+)
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
+DEADLINE_MS = 20_000
+
+# What Chromium itself logs when a gateway is away; the page cannot prevent it.
+_NETWORK_COMPLAINT = re.compile(r"net::ERR_|WebSocket connection to '.*' failed")
+
+# In the page: remember every event, also text, and every breach of the policy.
+_WATCH = """
+window.breaches = [];
+document.addEventListener("securitypolicyviolation", (event) =>
+  window.breaches.push(`${event.violatedDirective}: ${event.blockedURI} ${event.sample}`));
+"""
+_RECORD = """
+() => {
+  window.received = [];
+  window.relayPage.client.addEventListener("event", ({ detail }) => window.received.push(detail));
+}
+"""
+
+
+def find_browser() -> str | None:
+    """Give the path of a Chromium or Chrome: CHROMIUM, else the first one on PATH."""
+    named = os.environ.get("CHROMIUM")
+    candidates = (named,) if named else BROWSER_NAMES
+    return next((path for name in candidates if (path := shutil.which(name))), None)
+
+
+@asynccontextmanager
+async def running_browser() -> AsyncIterator[Browser]:
+    """Start a browser of its own; a machine without one fails the test with what to do."""
+    path = find_browser()
+    if path is None:
+        pytest.fail(NO_BROWSER, pytrace=False)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+        try:
+            yield browser
+        finally:
+            await browser.close()
+
+
+class Tab:
+    """The page as one user has it open, in a browser context of its own.
+
+    Attributes:
+        page: For what this class has no word for.
+        complaints: Errors and warnings of the console, and exceptions that nobody caught.
+    """
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.complaints: list[str] = []
+        page.set_default_timeout(DEADLINE_MS)
+        page.on(
+            "console",
+            lambda message: (
+                self.complaints.append(f"{message.type}: {message.text}")
+                if message.type in ("error", "warning")
+                else None
+            ),
+        )
+        page.on("pageerror", lambda error: self.complaints.append(f"uncaught: {error}"))
+
+    # --- Opening ---
+
+    async def open(self, url: str, token: str) -> None:
+        """Open a gateway's page by a link that carries a token; return when it is live."""
+        await self.page.goto(f"{url}/#token={token}")
+        await self.wait_live()
+
+    async def reload(self) -> None:
+        """Reload; return when the page is live again."""
+        await self.page.reload()
+        await self.wait_live()
+
+    async def wait_live(self) -> None:
+        """Wait until the page says that it is connected, and note each event from then on."""
+        await self.wait_state("live")
+        await self.page.evaluate(_RECORD)
+
+    async def wait_state(self, state: str) -> None:
+        """Wait until the connection indicator says ``state``."""
+        await self.page.wait_for_selector(
+            f'[data-testid=connection-state][data-state="{state}"]', state="attached"
+        )
+
+    async def node(self) -> str:
+        """Give the gateway that serves this tab, as the page names it."""
+        return await self.get("connection-state").get_attribute("data-node") or ""
+
+    # --- What a user does ---
+
+    def get(self, test_id: str) -> Locator:
+        """Give the elements with a test id."""
+        return self.page.get_by_test_id(test_id)
+
+    async def ask(self, content: str, agent: str | None = None) -> None:
+        """Choose an agent, write a question and press Enter."""
+        if agent is not None:
+            await self.get("agent-picker").select_option(agent)
+        await self.get("composer").fill(content)
+        await self.get("composer").press("Enter")
+
+    # --- What a user sees ---
+
+    async def wait_answer(self, status: str) -> Locator:
+        """Wait until the last answer has a status, and give it."""
+        answer = self.get("message-agent").last
+        await self.page.wait_for_function(
+            """status => [...document.querySelectorAll("[data-testid=message-agent]")]
+                 .at(-1)?.dataset.status === status""",
+            arg=status,
+        )
+        return answer
+
+    async def wait_text(self, part: str) -> None:
+        """Wait until the last answer contains a text."""
+        await self.page.wait_for_function(
+            """part => [...document.querySelectorAll("[data-testid=message-agent]")]
+                 .at(-1)?.querySelector(".answer").textContent.includes(part)""",
+            arg=part,
+        )
+
+    async def answer_text(self) -> str:
+        """Give the text of the last answer, as it is shown."""
+        return await self.get("message-agent").last.locator(".answer").inner_text()
+
+    async def timeline(self) -> list[tuple[str, int | None]]:
+        """Give type and ``seq`` of the timeline's entries, from top to bottom."""
+        rows: list[list[Any]] = await self.page.evaluate(
+            """() => [...document.querySelectorAll(
+                 "[data-testid=timeline] [data-testid=timeline-item]")]
+                 .map(({ dataset }) => [dataset.type, dataset.seq ? Number(dataset.seq) : null])"""
+        )
+        return [(row[0], row[1]) for row in rows]
+
+    # --- What the page knows ---
+
+    async def lifecycle(self) -> list[dict[str, Any]]:
+        """Give every lifecycle event that the page has received, in order, as it came."""
+        events: list[dict[str, Any]] = await self.page.evaluate("window.relayPage.events")
+        return events
+
+    async def received(self) -> list[dict[str, Any]]:
+        """Give every event since the page was live, text too, in order."""
+        events: list[dict[str, Any]] = await self.page.evaluate("window.received")
+        return events
+
+    async def wait_event(self, kind: str) -> float:
+        """Wait until an event of a type has come; give the page's clock, in seconds."""
+        handle = await self.page.wait_for_function(
+            """kind => window.relayPage.events.some((event) => event.type === kind)
+                 && performance.timeOrigin + performance.now()""",
+            arg=kind,
+            polling=10,
+        )
+        return float(await handle.json_value()) / 1_000
+
+    async def assert_quiet(self, *, network_may_fail: bool = False) -> None:
+        """Fail if the browser complained: an error, a warning, a breach of the page's policy.
+
+        Args:
+            network_may_fail: Connections that fail are not held against the page.
+        """
+        complaints = [
+            text
+            for text in self.complaints
+            if not (network_may_fail and _NETWORK_COMPLAINT.search(text))
+        ]
+        assert not complaints, complaints
+        assert await self.page.evaluate("window.breaches") == []
+
+
+async def new_tab(browser: Browser, **options: Any) -> Tab:
+    """Give a tab of a new browser context: no storage shared with any other tab.
+
+    Args:
+        browser: Whose.
+        options: Of the context: viewport, color_scheme and the like.
+    """
+    context: BrowserContext = await browser.new_context(
+        **{"viewport": {"width": 1360, "height": 860}, **options}
+    )
+    await context.add_init_script(_WATCH)
+    return Tab(await context.new_page())
+
+
+async def take_screenshot(tab: Tab, path: Path) -> Path:
+    """Keep what the tab shows now."""
+    await tab.page.screenshot(path=path, animations="disabled")
+    return path
