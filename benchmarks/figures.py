@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -100,6 +101,10 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
     return [first, *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
 
 
+def _filled(paragraph: str) -> str:
+    return textwrap.fill(paragraph, 100, break_long_words=False, break_on_hyphens=False)
+
+
 @dataclass
 class Section:
     """What one measurement has to say.
@@ -118,7 +123,8 @@ class Section:
     figures: dict[str, float] = field(default_factory=dict)
 
     def markdown(self) -> str:
-        parts = [f"## {self.title}", self.method]
+        paragraphs = self.method.split("\n\n")
+        parts = [f"## {self.title}", *(_filled(paragraph) for paragraph in paragraphs)]
         parts += [table.markdown() for table in self.tables]
         if self.checks:
             parts.append("\n".join(f"- {check.line()}" for check in self.checks))

@@ -2,8 +2,9 @@
 
     python -m benchmarks.profiled STACKS gateway --port=0 ...
 
-After SIGUSR1 the process is interrupted after each millisecond of its processor time and notes
-where it is. Nothing of this is in the product: only what is started in this way is profiled.
+From one SIGUSR1 to the next the process is interrupted after each few milliseconds of its processor
+time and notes where it is. Nothing of this is in the product: only what is started in this way is
+profiled.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from types import FrameType
 from relay import cli
 
 INTERVAL_S = 0.001
+"""The kernel rounds it up to its own tick, often 4 ms."""
+
 MAX_DEPTH = 120
 
 
@@ -25,14 +28,17 @@ class Sampler:
 
     def __init__(self) -> None:
         self._stacks: Counter[tuple[tuple[str, str, int], ...]] = Counter()
+        self._is_on = False
 
-    def start_on_signal(self) -> None:
+    def toggle_on_signal(self) -> None:
         signal.signal(signal.SIGPROF, self._sample)
         signal.siginterrupt(signal.SIGPROF, False)
-        signal.signal(signal.SIGUSR1, self._start)
+        signal.signal(signal.SIGUSR1, self._toggle)
 
-    def _start(self, _: int, __: FrameType | None) -> None:
-        signal.setitimer(signal.ITIMER_PROF, INTERVAL_S, INTERVAL_S)
+    def _toggle(self, _: int, __: FrameType | None) -> None:
+        self._is_on = not self._is_on
+        interval_s = INTERVAL_S if self._is_on else 0
+        signal.setitimer(signal.ITIMER_PROF, interval_s, interval_s)
 
     def stop(self) -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -63,7 +69,7 @@ def main() -> None:
     path = Path(sys.argv[1])
     sys.argv[1:] = sys.argv[2:]
     sampler = Sampler()
-    sampler.start_on_signal()
+    sampler.toggle_on_signal()
     try:
         cli.main()
     finally:

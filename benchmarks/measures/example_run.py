@@ -14,6 +14,8 @@ from benchmarks.websocket import JsonSocket
 NAME = "example-run"
 LIMIT_MS = 5_000
 TIMEOUT_S = 120
+PAUSE_S = 0.06
+"""Between two requests: a gateway takes twenty frames a second from a user."""
 
 _METHOD = """\
 Redis, one gateway and a worker with the example agents as processes; one user asks again and again.
@@ -72,5 +74,6 @@ async def _ask(port: int, agent: str, content: str, runs: int) -> tuple[float, l
                 if kind in ("error", "agent_error", "agent_cancelled"):
                     raise RuntimeError(f"the run failed: {frame}")
             times_ms.append((time.perf_counter() - began_s) * 1e3)
+            await asyncio.sleep(PAUSE_S)
     await socket.close()
     return times_ms[0], times_ms[1:], events

@@ -15,6 +15,8 @@ NAME = "first-event"
 LIMIT_MS = 500
 TIMEOUT_S = 60
 USERS = 20
+PAUSE_S = 0.06
+"""Between two requests of a user: a gateway takes twenty frames a second from each."""
 
 _METHOD = """\
 The whole stack as processes: Redis, two gateways, a worker with the agent `words` of
@@ -63,13 +65,15 @@ async def _ask_all(ports: list[int], samples: int) -> tuple[list[Times], list[Ti
     async with asyncio.timeout(TIMEOUT_S):
         for socket in sockets:
             await _ask(socket, "warm-up")
-        alone = [
-            await _ask(sockets[number % USERS], f"alone-{number}") for number in range(samples)
-        ]
+        alone: list[Times] = []
+        for number in range(samples):
+            alone.append(await _ask(sockets[number % USERS], f"alone-{number}"))
+            await asyncio.sleep(PAUSE_S / USERS)
         together: list[Times] = []
         for number in range(max(1, samples // USERS)):
             asked = (_ask(socket, f"together-{number}") for socket in sockets)
             together += await asyncio.gather(*asked)
+            await asyncio.sleep(PAUSE_S)
     for socket in sockets:
         await socket.close()
     return alone, together

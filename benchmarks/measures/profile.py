@@ -16,7 +16,7 @@ USERS = 500
 SHOWN = 25
 
 _METHOD = """\
-The saturated gateway of the throughput measurement, sampled after each millisecond of its processor
+The saturated gateway of the throughput measurement, sampled every few milliseconds of its processor
 time (`benchmarks/profiled.py`). A share is the time in the function itself; C functions that it
 calls, and the kernel, count as its own. Sampling costs a little: compare shares, not times."""
 
@@ -39,7 +39,8 @@ def measure(plan: Plan) -> Section:
             load.connect(is_relay=True)
             load.use_redis(server, relay_feeds(server, USERS))
             os.kill(gateway.process.pid, signal.SIGUSR1)
-            load.flow(plan.size(10.0, 2.0), window=USERS, burst=burst, batched=batched)
+            load.flow(plan.size(15.0, 3.0), window=USERS, burst=burst, batched=batched)
+            os.kill(gateway.process.pid, signal.SIGUSR1)
             load.stop()
             gateway.stop()
         stacks = read_stacks(stacks_path)
