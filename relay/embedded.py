@@ -39,6 +39,7 @@ _START_TIMEOUT_S = 30.0
 _LOAD_TIMEOUT_S = 300.0
 _PULL_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 10.0
+_LOCK_TIMEOUT_S = 10.0
 _POLL_S = 0.02
 _VERSION_TIMEOUT_S = 10.0
 _VERSION = re.compile(r"\bv=(\d+(?:\.\d+)*)")
@@ -213,13 +214,13 @@ class EmbeddedRedis:
         """
         try:
             self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._take_lock()
+            lock = await self._take_lock()
             if self.server is None:
                 self.server = await asyncio.to_thread(find_server)
             server = self.server
             self.log_path.write_text("")
             if isinstance(server, ServerProgram):
-                await self._start_program(server)
+                await self._start_program(server, lock)
             else:
                 await self._start_container(server)
             await self._wait_until_ready()
@@ -261,19 +262,22 @@ class EmbeddedRedis:
         except FileNotFoundError:
             return []
 
-    def _take_lock(self) -> None:
-        lock = (self.data_dir / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise ConfigurationError(
-                f"The data folder {self.data_dir} is in use by another process. "
-                "Stop that one first, or choose another folder with --data-dir."
-            ) from None
-        self._lock = lock
+    async def _take_lock(self) -> IO[str]:
+        # Closed by stop(), whatever happens from here on.
+        lock = self._lock = (self.data_dir / "lock").open("w")
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + _LOCK_TIMEOUT_S
+        # A server whose owner was killed a moment ago is still writing down what it holds.
+        while not _try_lock(lock):
+            if clock() > deadline:
+                raise ConfigurationError(
+                    f"The data folder {self.data_dir} is in use by another process. "
+                    "Stop that one first, or choose another folder with --data-dir."
+                )
+            await asyncio.sleep(_POLL_S)
+        return lock
 
-    async def _start_program(self, server: ServerProgram) -> None:
+    async def _start_program(self, server: ServerProgram, lock: IO[str]) -> None:
         self._refuse_newer_data(server)
         socket = self.data_dir / "redis.sock"
         if len(os.fsencode(socket)) > _MAX_SOCKET_PATH_BYTES:
@@ -291,6 +295,8 @@ class EmbeddedRedis:
             stderr=asyncio.subprocess.DEVNULL,
             # Ctrl-C in a terminal reaches its whole group; the server has to outlive its clients.
             start_new_session=True,
+            # The lock is the server's too: two servers on one append-only file would ruin it.
+            pass_fds=(lock.fileno(),),
         )
         self._lifeline = Lifeline.for_process_group(self._process.pid)
         self.url = f"unix://{socket}?db=0"
@@ -364,6 +370,14 @@ class EmbeddedRedis:
             f"The whole log is {self.log_path}. Choose another folder with --data-dir to start "
             "without this data."
         )
+
+
+def _try_lock(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _quoted(value: str) -> str:

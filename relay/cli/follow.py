@@ -18,6 +18,7 @@ from relay.cli.local import gateway_addresses, token_source
 from relay.cli.story import RunStory, Say, summarize
 from relay.cli.view import View, view_for
 from relay.client import (
+    Connected,
     Degraded,
     Disconnected,
     Event,
@@ -158,6 +159,7 @@ class _Sending:
         self._agent = agent
         self._run_id: str | None = None
         self._is_interrupted = False
+        self._troubles = Troubles()
         self._cancelling: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
@@ -206,33 +208,45 @@ class _Sending:
             run.get("run_id") == self._run_id for run in update.runs
         ):
             raise RelayError("The relay no longer knows this run: its store lost data. Ask again.")
-        if (text := trouble(update)) is not None:
+        if (text := self._troubles.tell(update)) is not None:
             view.show(Say("!", "care", text))
 
 
-def trouble(update: Update) -> str | None:
-    """Give a sentence about what stands between the user and the events, if something does."""
-    match update:
-        case Disconnected(reason=reason):
-            return f"Connection lost ({reason}); trying again"
-        case Reset(reason=reason):
-            return f"History was cut ({reason}); what follows is what is there"
-        case Degraded(reason=None):
-            return "The gateway reaches its store again"
-        case Degraded(reason=reason):
-            return f"The gateway cannot reach its store ({reason}); events come later"
-        case SequenceHole(run_id=run_id, expected=expected, seen=seen):
-            return f"Events {expected} to {seen - 1} of {run_id} did not arrive"
-        case _:
-            return None
+class Troubles:
+    """Says what stands between the user and the events, each trouble once."""
+
+    def __init__(self) -> None:
+        self._is_away = False
+
+    def tell(self, update: Update) -> str | None:
+        """Give a sentence, if there is something new to say."""
+        was_away, self._is_away = self._is_away, isinstance(update, Disconnected)
+        match update:
+            case Disconnected() if was_away:
+                return None
+            case Disconnected(reason=reason):
+                return f"Connection lost ({reason}); trying again"
+            case Connected(node=node) if was_away:
+                return f"Connected again, to {node}"
+            case Reset(reason=reason):
+                return f"History was cut ({reason}); what follows is what is there"
+            case Degraded(reason=None):
+                return "The gateway reaches its store again"
+            case Degraded(reason=reason):
+                return f"The gateway cannot reach its store ({reason}); events come later"
+            case SequenceHole(run_id=run_id, expected=expected, seen=seen):
+                return f"Events {expected} to {seen - 1} of {run_id} did not arrive"
+            case _:
+                return None
 
 
 async def _tail(client: RelayClient, *, as_json: bool) -> int:
+    troubles = Troubles()
     async with client:
         async for update in client.updates():
             if isinstance(update, Event):
                 _print_event(update, as_json=as_json)
-            elif (text := trouble(update)) is not None:
+            elif (text := troubles.tell(update)) is not None:
                 console.print_warning(text)
     return COMPLETED
 

@@ -225,7 +225,7 @@ def _print_summary(
         out.print()
         out.print(Text.assemble("  ", (person, "name"), (f" on gateway {number}", "quiet")))
         # In one piece: terminals and mouse clicks know where a link ends only if nothing cuts it.
-        out.print(Text(f"  {link}", style=f"link {link}"), soft_wrap=True)
+        out.print(Text.assemble("  ", (link, f"link {link}")), soft_wrap=True)
     facts = Table.grid(padding=(0, 2, 0, 0))
     facts.add_column(style="quiet", no_wrap=True)
     facts.add_column(overflow="fold")

@@ -46,6 +46,7 @@ class LiveView:
     def __init__(self, target: Console) -> None:
         self._console = target
         self._line = ""
+        self._last: type[Say | Write] = Say
         self._spinner = Spinner("dots", style="name")
         self._live = Live(console=target, refresh_per_second=12.5, transient=True)
 
@@ -64,14 +65,19 @@ class LiveView:
 
     def show(self, line: Say | Write) -> None:
         """Add a line about what happens, or a piece of the answer."""
-        if isinstance(line, Say):
+        if type(line) is not self._last:
+            # The answer stands apart from what is said about it.
             self._finish_line()
+            self._console.print()
+            self._last = type(line)
+        if isinstance(line, Say):
             self._console.print(_styled(line))
             return
         *whole, self._line = (self._line + printable(line.text)).split("\n")
+        # First the part below, which every print draws again: a line must not be seen twice.
+        self._redraw()
         for text in whole:
             self._console.print(Text(text))
-        self._redraw()
 
     def wait_on(self, status: str) -> None:
         """Show what is going on."""
