@@ -316,7 +316,8 @@ class Feed:
         is_new_epoch = page.epoch != self.epoch
         self._generation += 1
         self.epoch = page.epoch
-        self.head = self._seen = page.offset
+        self.head = page.offset
+        self._seen = page.offset if is_new_epoch else max(self._seen, page.offset)
         self._ring.clear()
         self._ring_bytes = 0
         self._ring_from = self.head
