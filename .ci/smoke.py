@@ -114,7 +114,8 @@ class Started:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line.rstrip("\n"))
-            print(f"    {line}", end="", flush=True)
+            # A log is no place for a token, not even for that of a stack about to end.
+            print("    " + re.sub(r"#token=\S+", "#token=…", line), end="", flush=True)
             self._fresh.put(line)
         self._fresh.put(None)
 

@@ -157,6 +157,7 @@ async def receive_run(connection: ClientConnection) -> list[dict[str, Any]]:
     async with asyncio.timeout(RUN_DEADLINE_S):
         while not events or events[-1]["type"] not in TERMINAL:
             frame = json.loads(await connection.recv())
+            assert frame["type"] != "error", frame
             if "seq" in frame:
                 events.append(frame)
     return events
@@ -205,6 +206,7 @@ async def test_page_and_runs_through_the_balancer_also_without_one_gateway(stack
     assert await asyncio.to_thread(stack.status, "/metrics") == 404
 
     token = await asyncio.to_thread(stack.token, "alice")
+    await agent_is_there(stack, token, "docs")
     async with await open_connection(stack, token) as first:
         node = (await receive(first, "connection_established"))["node"]
         # Least connections: the second one goes to the other gateway, sooner or later.
@@ -230,6 +232,17 @@ async def test_page_and_runs_through_the_balancer_also_without_one_gateway(stack
     async with await open_connection(stack, token, since=f"{epoch}:{position}") as resumed:
         assert (await receive(resumed, "connection_established"))["recovered"] is True
         assert_complete(await receive_run(resumed), "alice")
+
+
+async def agent_is_there(stack: Stack, token: str, agent: str) -> None:
+    """Connect until a worker has announced the agent: gateways are ready without any worker."""
+    async with asyncio.timeout(RUN_DEADLINE_S):
+        while True:
+            async with await open_connection(stack, token) as connection:
+                established = await receive(connection, "connection_established")
+            if agent in {known["name"] for known in established["agents"]}:
+                return
+            await asyncio.sleep(0.1)
 
 
 async def connect_to_another(stack: Stack, token: str, node: str) -> tuple[ClientConnection, str]:
