@@ -21,7 +21,12 @@ from benchmarks.measures import (
     sustained,
     throughput,
 )
-from benchmarks.processes import BenchmarkFailed, Placement, raise_file_limit
+from benchmarks.processes import (
+    BenchmarkFailed,
+    Placement,
+    raise_file_limit,
+    stop_in_order_on_sigterm,
+)
 from benchmarks.report import render
 from benchmarks.stage import Plan
 
@@ -46,6 +51,7 @@ MEASURES: dict[str, Callable[[Plan], Section]] = {
 def main() -> int:
     options = _parser().parse_args()
     limit = raise_file_limit()
+    stop_in_order_on_sigterm()
     if limit < FILES_NEEDED and not options.quick:
         _say(f"only {limit} open files are permitted here; {FILES_NEEDED} may be needed")
     load_before, began_s = os.getloadavg()[0], time.monotonic()

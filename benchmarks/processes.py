@@ -19,6 +19,8 @@ from typing import IO
 
 import redis
 
+from relay.lifeline import Lifeline
+
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "benchmark-secret-benchmark-secret"
 START_TIMEOUT_S = 30.0
@@ -40,6 +42,11 @@ def raise_file_limit() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
+
+
+def stop_in_order_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack, as Ctrl-C does, so that every child is ended and awaited."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 class Placement:
@@ -67,7 +74,7 @@ class Placement:
 
 
 class Process:
-    """A child process with its output in a file, in a session of its own.
+    """A child process with its output in a file, in a session of its own. It ends with us.
 
     Args:
         name: For error texts.
@@ -95,6 +102,7 @@ class Process:
             stderr=self._log,
             start_new_session=True,
         )
+        self._lifeline = Lifeline.for_process_group(self.popen.pid)
 
     @property
     def pid(self) -> int:
@@ -168,6 +176,7 @@ class Process:
             except subprocess.TimeoutExpired:
                 self.popen.kill()
                 self.popen.wait(STOP_TIMEOUT_S)
+        self._lifeline.release()
         for stream in (self.popen.stdin, self.popen.stdout):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):

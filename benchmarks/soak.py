@@ -32,6 +32,7 @@ from benchmarks.processes import (
     Process,
     RedisProcess,
     raise_file_limit,
+    stop_in_order_on_sigterm,
 )
 from benchmarks.stage import Plan, Stage
 from benchmarks.websocket import JsonSocket
@@ -209,6 +210,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     options = parser.parse_args()
     raise_file_limit()
+    stop_in_order_on_sigterm()
 
     def say(text: str) -> None:
         print(f"... {text}", file=sys.stderr, flush=True)
