@@ -18,7 +18,7 @@ from relay.cli.checks import Finding, Verdict
 from relay.cli.local import default_folder
 from relay.cli.serve import RedisUrl
 from relay.config import Settings, find_unknown_variables, load_settings
-from relay.errors import ConfigurationError, RelayError
+from relay.errors import ConfigurationError, RedisMisconfigured, RelayError
 from relay.scripts import RedisLink, mapped_errors
 
 ROUND_TRIP_TIMEOUT_S = 2.0
@@ -89,6 +89,9 @@ async def _examine_redis(settings: Settings) -> list[Finding]:
             ]
         finally:
             await link.aclose()
+    except RedisMisconfigured as error:
+        remedy = "Correct RELAY_REDIS_URL, or how the server is set up."
+        return [Finding("Redis", Verdict.FAIL, str(error), remedy)]
     except RelayError as error:
         return [
             Finding(

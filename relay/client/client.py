@@ -1,56 +1,33 @@
-"""The connection that stays: requests and their answers, reconnects, the socket."""
+"""The client as applications use it: events to iterate over, requests and their answers."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import random
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeAlias
-from urllib.parse import quote, urlencode, urlsplit
+from typing import Any, Self
 
 import orjson
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
-from websockets.typing import Subprotocol
 
-from relay.client.http import ask_for_ticket, http_address, problem_detail
+from relay.client.http import http_address
+from relay.client.link import OPEN_TIMEOUT_S, Link, TokenSource
 from relay.client.mailbox import Mailbox
 from relay.client.state import (
     ClientState,
     Connected,
     ConnectionEnded,
-    Disconnected,
     Event,
     EventsMissing,
     Fields,
     Reply,
-    Retry,
     SequenceHole,
-    Stop,
-    TokenExpiring,
     Update,
-    after_close,
-    after_refusal,
-    backoff_ms,
 )
-from relay.config import is_loopback
-from relay.errors import CloseCode, DecodingFailed, RelayError
+from relay.errors import RelayError
 
-SUBPROTOCOL = Subprotocol("relay.v1")
-OPEN_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 30.0
-
-_CLOSE_TIMEOUT_S = 1.0
-_MAX_FRAME_BYTES = 64 * 1_048_576
-_SETTLED_S = 2.0
-# A gateway that missed two heartbeats and a half is gone, whatever TCP still believes.
-_SILENT_HEARTBEATS = 2.5
-
-TokenSource: TypeAlias = str | Callable[[], Awaitable[str]]
 
 
 class RequestFailed(RelayError):
@@ -123,18 +100,13 @@ class RelayClient:
         """
         urls = [url] if isinstance(url, str) else list(url)
         self._bases = [http_address(each) for each in urls]
-        self._token = token
-        self._client_id = client_id or uuid.uuid4().hex
         self._connect_timeout_s = connect_timeout_s
-        self._state = ClientState(since)
-        self._failures = 0
-        self._turn = 0
+        self._link = Link(
+            self._bases, token, ClientState(since), client_id or uuid.uuid4().hex, self._take
+        )
         self._requests: dict[str, _PendingRequest] = {}
         self._mailbox = Mailbox()
-        self._socket: ClientConnection | None = None
-        self._established = asyncio.Event()
         self._latest: Connected | None = None
-        self._last_failure = ""
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -147,7 +119,7 @@ class RelayClient:
         return self
 
     async def _wait_until_established(self, running: asyncio.Task[None]) -> None:
-        established = asyncio.create_task(self._established.wait())
+        established = asyncio.create_task(self._link.established.wait())
         try:
             await asyncio.wait(
                 {running, established},
@@ -161,7 +133,7 @@ class RelayClient:
         if self._latest is None:
             raise ConnectionEnded(
                 f"No gateway could be reached at {' or '.join(self._bases)} within "
-                f"{self._connect_timeout_s:.0f} s ({self._last_failure or 'no answer'})."
+                f"{self._connect_timeout_s:.0f} s ({self._link.last_failure or 'no answer'})."
             )
 
     async def __aexit__(
@@ -181,7 +153,7 @@ class RelayClient:
     @property
     def position(self) -> str | None:
         """Where the next event follows: give it as ``since`` to resume later."""
-        return self._state.position
+        return self._link.state.position
 
     @property
     def connection(self) -> Connected | None:
@@ -191,7 +163,7 @@ class RelayClient:
     @property
     def is_connected(self) -> bool:
         """Whether a connection is established right now."""
-        return self._established.is_set()
+        return self._link.established.is_set()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Give the user's events, in order, each once.
@@ -285,10 +257,8 @@ class RelayClient:
         future: asyncio.Future[Fields] = asyncio.get_running_loop().create_future()
         self._requests[request_id] = _PendingRequest(frame, future)
         try:
-            # Before the connection is established, and after it was lost, _serve sends it.
-            if self._established.is_set() and self._socket is not None:
-                with contextlib.suppress(ConnectionClosed):
-                    await self._socket.send(frame, text=True)
+            # What is lost with its connection, or comes too early for it, _take sends again.
+            await self._link.send(frame)
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
                 answer = await future
         except TimeoutError:
@@ -309,19 +279,9 @@ class RelayClient:
         return answer
 
     async def _run(self) -> None:
-        """Connect again and again, until told to stop."""
         error: Exception | None = None
         try:
-            while True:
-                step, why = await self._connect_once()
-                if isinstance(step, Stop):
-                    error = step.error
-                    return
-                self._last_failure = why
-                self._failures += 1
-                self._turn += 1
-                await self._mailbox.put(Disconnected(why, step.delay_ms))
-                await asyncio.sleep(step.delay_ms / 1_000)
+            error = await self._link.run()
         except Exception as failure:  # noqa: BLE001 (it is handed on)
             # Whoever iterates gets it; nobody awaits this task while the connection lives.
             error = failure
@@ -336,82 +296,7 @@ class RelayClient:
                 # Whoever waits for it gets it; where nobody does any more, it needs no warning.
                 request.answer.exception()
 
-    async def _connect_once(self) -> tuple[Retry | Stop, str]:
-        base = self._bases[self._turn % len(self._bases)]
-        token = self._token if isinstance(self._token, str) else await self._token()
-        self._state.opening()
-        chance = random.random()  # noqa: S311 (spreads clients, protects nothing)
-        try:
-            async with connect(
-                self._socket_address(base),
-                additional_headers={"Authorization": f"Bearer {token}"},
-                subprotocols=[SUBPROTOCOL],
-                compression=None,
-                proxy=None if is_loopback(urlsplit(base).hostname or "") else True,
-                open_timeout=OPEN_TIMEOUT_S,
-                close_timeout=_CLOSE_TIMEOUT_S,
-                # The gateway's heartbeats are what tells the dead from the living here.
-                ping_interval=None,
-                max_size=_MAX_FRAME_BYTES,
-            ) as socket:
-                return await self._serve(socket, chance)
-        except InvalidStatus as refused:
-            detail = problem_detail(bytes(refused.response.body or b""))
-            status = refused.response.status_code
-            retry_after = refused.response.headers.get("Retry-After")
-            step = after_refusal(
-                status, detail, retry_after, failures=self._failures, chance=chance
-            )
-            return step, f"HTTP {status}: {detail}"
-        except InvalidURI as error:
-            return Stop(ConnectionEnded(f"{base} is not the address of a relay.")), str(error)
-        except OSError as error:
-            return Retry(backoff_ms(self._failures, chance)), str(error) or "no answer"
-        except WebSocketException as error:
-            return await self._ask_why(base, token, chance), str(error)
-
-    async def _serve(self, socket: ClientConnection, chance: float) -> tuple[Retry | Stop, str]:
-        """Read one connection until it ends."""
-        self._socket = socket
-        clock = asyncio.get_running_loop().time
-        began = clock()
-        try:
-            while True:
-                silence_s = OPEN_TIMEOUT_S
-                if self._state.heartbeat_ms is not None:
-                    silence_s = max(1.0, self._state.heartbeat_ms / 1_000 * _SILENT_HEARTBEATS)
-                async with asyncio.timeout(silence_s):
-                    frame = await socket.recv()
-                for item in self._state.receive(frame):
-                    await self._take(item, socket)
-        except ConnectionClosed as closed:
-            code = closed.rcvd.code if closed.rcvd else None
-            reason = closed.rcvd.reason if closed.rcvd else "the connection broke"
-            # Only a connection that lasted proves that things are well: a gateway that accepts
-            # and closes at once must not be called again and again without a growing pause.
-            if code == CloseCode.DRAIN or clock() - began > _SETTLED_S:
-                self._failures = 0
-            step = after_close(
-                code,
-                reason,
-                failures=self._failures,
-                asked_ms=self._state.reconnect_after_ms,
-                chance=chance,
-            )
-            return step, reason or f"closed with {code}"
-        except TimeoutError:
-            return Retry(backoff_ms(self._failures, chance)), "the gateway fell silent"
-        except asyncio.CancelledError:
-            # Leaving is no failure: without this, websockets would close with 1011.
-            await socket.close()
-            raise
-        except DecodingFailed as error:
-            return Stop(ConnectionEnded(f"Not a relay of this version: {error}.")), str(error)
-        finally:
-            self._established.clear()
-            self._socket = None
-
-    async def _take(self, item: Update | Reply, socket: ClientConnection) -> None:
+    async def _take(self, item: Update | Reply) -> None:
         if isinstance(item, Reply):
             request = self._requests.get(item.id)
             if request is not None and not request.answer.done():
@@ -419,33 +304,7 @@ class RelayClient:
             return
         if isinstance(item, Connected):
             self._latest = item
-            self._established.set()
             # Requests are repeatable by their id: what was not answered is sent again.
             for request in list(self._requests.values()):
-                await socket.send(request.frame, text=True)
-        if isinstance(item, TokenExpiring) and callable(self._token):
-            fresh = {"type": "refresh_token", "id": uuid.uuid4().hex, "token": await self._token()}
-            await socket.send(orjson.dumps(fresh), text=True)
+                await self._link.send(request.frame)
         await self._mailbox.put(item)
-
-    async def _ask_why(self, base: str, token: str, chance: float) -> Retry | Stop:
-        """Ask over plain HTTP why a WebSocket could not be opened.
-
-        A proxy may have swallowed the answer to the upgrade, as browsers always do.
-        """
-        answer = await asyncio.to_thread(ask_for_ticket, base, token)
-        if answer is None or answer.status < 400:
-            return Retry(backoff_ms(self._failures, chance))
-        return after_refusal(
-            answer.status,
-            answer.detail,
-            answer.retry_after,
-            failures=self._failures,
-            chance=chance,
-        )
-
-    def _socket_address(self, base: str) -> str:
-        query = urlencode(
-            {"since": self._state.since, "client_id": self._client_id}, quote_via=quote
-        )
-        return "ws" + base.removeprefix("http") + f"/v1/ws?{query}"

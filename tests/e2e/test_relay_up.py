@@ -94,7 +94,7 @@ async def test_restart_keeps_history_and_secret(tmp_path: Path) -> None:
 
 
 def test_parts_end_when_it_is_killed(tmp_path: Path) -> None:
-    with RelayUp(tmp_path, "--port", "0") as up:
+    with RelayUp(tmp_path, "--port", "0", "--gateways", "1") as up:
         up.wait_until_ready()
         up.process.kill()
         assert up.wait_until_ended() == -signal.SIGKILL
@@ -103,7 +103,7 @@ def test_parts_end_when_it_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", ["relay worker", "relay gateway", "redis-server"])
 def test_part_that_dies_ends_everything_with_its_name(tmp_path: Path, words: str) -> None:
-    with RelayUp(tmp_path, "--port", "0") as up:
+    with RelayUp(tmp_path, "--port", "0", "--gateways", "1") as up:
         up.wait_until_ready().part(words).kill()
         assert up.wait_until_ended() == 1
         name = {"relay worker": "worker", "relay gateway": "gateway", "redis-server": "Redis"}
@@ -113,7 +113,7 @@ def test_part_that_dies_ends_everything_with_its_name(tmp_path: Path, words: str
 
 
 def test_second_signal_does_not_wait(tmp_path: Path) -> None:
-    with RelayUp(tmp_path, "--port", "0") as up:
+    with RelayUp(tmp_path, "--port", "0", "--gateways", "1") as up:
         worker = up.wait_until_ready().part("relay worker")
         worker.suspend()
         up.process.send_signal(signal.SIGINT)
@@ -125,7 +125,7 @@ def test_second_signal_does_not_wait(tmp_path: Path) -> None:
 
 
 def test_signal_while_it_starts_ends_it(tmp_path: Path) -> None:
-    with RelayUp(tmp_path, "--port", "0") as up:
+    with RelayUp(tmp_path, "--port", "0", "--gateways", "1") as up:
         while not (tmp_path / ".relay" / "redis" / "redis.conf").exists():
             assert up.process.poll() is None, up.output
         assert up.stop(signal.SIGTERM) == 0
@@ -144,7 +144,7 @@ def test_port_in_use_is_named(tmp_path: Path, offset: int) -> None:
 
 
 def test_second_one_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    with RelayUp(tmp_path, "--port", "0") as up:
+    with RelayUp(tmp_path, "--port", "0", "--gateways", "1") as up:
         address, _ = up.wait_until_ready().links()["alice", 1]
         done = run_relay("up", "--port", "0", folder=tmp_path)
         assert done.returncode == 1

@@ -134,8 +134,8 @@ async def test_broken_connections_lose_and_double_nothing(redis_url: str, key_pr
                     if update.is_terminal:
                         break
                     if update.seq in (10, 25, 40):
-                        assert client._socket is not None
-                        client._socket.transport.abort()
+                        assert client._link._socket is not None
+                        client._link._socket.transport.abort()
                 lost += isinstance(update, Disconnected)
         assert lost >= 1
         assert {event.run_id for event in events} == {accepted.run_id}
@@ -168,8 +168,8 @@ async def test_request_made_while_away_is_sent_after_the_return(
         stack(redis_url, key_prefix) as [gateway],
         RelayClient(gateway.url, token()) as client,
     ):
-        assert client._socket is not None
-        client._socket.transport.abort()
+        assert client._link._socket is not None
+        client._link._socket.transport.abort()
         accepted = await client.send_message("1", thread_id="t", agent="count")
         assert_whole(await until(client, accepted.run_id))
 

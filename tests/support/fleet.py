@@ -16,10 +16,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
 
-import orjson
-
 from relay.client import Connected, Disconnected, Event, RelayClient, Reset, SequenceHole, Update
-from relay.client.state import ClientState, Reply
+from relay.client.state import ClientState, Fields, Reply
 from relay.events import TERMINAL
 
 if TYPE_CHECKING:
@@ -56,9 +54,9 @@ class _RecordingState(ClientState):
         super().__init__(since)
         self._record = record
 
-    def receive(self, text: str | bytes) -> list[Update | Reply]:
-        updates = super().receive(text)
-        self._record(orjson.loads(text), updates)
+    def _receive(self, kind: str, frame: Fields) -> list[Update | Reply]:
+        updates = super()._receive(kind, frame)
+        self._record(dict(frame), updates)
         return updates
 
 
@@ -127,7 +125,7 @@ class FleetClient:
             client_id=self.name,
             connect_timeout_s=OPEN_DEADLINE_S,
         )
-        client._state = _RecordingState(since, self._record)
+        client._link.state = _RecordingState(since, self._record)
         await client.__aenter__()
         self._client = client
         self._reading = asyncio.create_task(self._read(client), name=f"fleet {self.name}")
