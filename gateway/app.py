@@ -140,6 +140,7 @@ class Gateway:
         self._internal: Listener | None = None
         self._background: list[asyncio.Task[None]] = []
         self._stop_asked = asyncio.Event()
+        self._has_started = False
         self._failure: BaseException | None = None
 
     # --- Life ---
@@ -197,6 +198,7 @@ class Gateway:
         self._run_in_background(self._reaper.run(), "reaper")
         await self._internal.start()
         await self._public.start()
+        self._has_started = True
         log.info("gateway started", node=self.node.node_id, url=self.url, admin_url=self.admin_url)
 
     async def stop(self) -> None:
@@ -213,7 +215,8 @@ class Gateway:
         await self.hub.aclose()
         await self._verifier.aclose()
         await self.link.aclose()
-        log.info("gateway stopped", node=self.node.node_id)
+        if self._has_started:
+            log.info("gateway stopped", node=self.node.node_id)
 
     def ask_to_stop(self) -> None:
         """Let ``wait`` return; asked twice, stop without waiting for anybody."""

@@ -264,13 +264,23 @@ class RedisLink:
             RedisUnavailable: It does not answer.
             RedisMisconfigured: It answers, but refuses us or is too old.
         """
-        with mapped_errors(self.url):
-            info = await self.client.info("server")
+        where = hide_password(self.url)
+        try:
+            with mapped_errors(self.url):
+                info = await self.client.info("server")
+        except RedisUnavailable as error:
+            reason = str(error).rstrip(".")
+            raise RedisUnavailable(f"{reason}. Start it, or correct RELAY_REDIS_URL.") from error
+        except ScriptFailed as error:
+            # No script has run yet: it is the address, such as the number of a database.
+            raise RedisMisconfigured(
+                f"Redis at {where} refuses us: {error}. Correct RELAY_REDIS_URL."
+            ) from error
         version = str(info.get("redis_version", "0"))
         numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
         if numbers < OLDEST_REDIS:
             raise RedisMisconfigured(
-                f"Redis at {hide_password(self.url)} is version {version}; "
+                f"Redis at {where} is version {version}; "
                 "the relay needs Redis 6.2 or newer, or Valkey."
             )
 
