@@ -9,7 +9,7 @@ from collections.abc import Callable
 import orjson
 import structlog
 
-from relay.errors import RedisMisconfigured, RedisUnavailable
+from relay.errors import RedisMisconfigured, RedisUnavailable, RelayError
 from relay.keys import NODE_TTL_MS, Keys
 from relay.scripts import RedisLink, mapped_errors
 
@@ -65,7 +65,8 @@ class Node:
         try:
             with mapped_errors(self._link.url):
                 await self._link.client.delete(self.channel)
-        except (RedisUnavailable, RedisMisconfigured) as error:
+        except RelayError as error:
+            # Whatever Redis says: it must not hide why a gateway could not start.
             log.debug("sign of life left to expire", error=str(error))
 
     def receive(self, payload: bytes) -> None:
