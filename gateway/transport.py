@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from starlette.types import Send
+from starlette.websockets import WebSocketDisconnect
 
 from gateway.websocket import FORCE_CLOSE
 
@@ -67,7 +68,7 @@ class AsgiTransport:
         """Write until the connection is closed, by either side, or this is cancelled."""
         try:
             await self._write()
-        except OSError:
+        except (OSError, WebSocketDisconnect):
             # The peer is gone. The reader is told so too, and ends the connection.
             return
 

@@ -16,12 +16,13 @@ class Standing:
         self.connection_id = connection_id
         self.user_id = user_id
         self.client_id = None
+        self.calls: list[str] = []
 
     def close(self, code: CloseCode, reason: str) -> None:
-        raise NotImplementedError
+        self.calls.append("close")
 
     def drain(self, after_ms: int) -> None:
-        raise NotImplementedError
+        self.calls.append("drain")
 
 
 @pytest.fixture
