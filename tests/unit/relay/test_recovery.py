@@ -352,6 +352,15 @@ def test_a_page_read_while_others_published_is_used() -> None:
     assert (take(feed), sink.offsets) == ([], [3, 4, 5])
 
 
+def test_a_page_of_another_epoch_syncs_the_feed_first() -> None:
+    feed = live_feed(4)
+    cursor, sink = attach(feed, Position("e1", 2))
+    answer(take_read(feed), page(4, events(3, 4), epoch="e2", previous=[Position("e1", 2)]))
+    assert sink.offsets == []
+    answer(take_read(feed), page(4, epoch="e2", previous=[Position("e1", 2)]))
+    assert (sink.frames[-1], cursor.position) == (("position", "e2:2"), ("e2", 2))
+
+
 def test_a_cut_page_is_followed_by_history_and_not_by_the_ring() -> None:
     feed = live_feed(4)
     _, sink = attach(feed, "0", page(4))
