@@ -107,3 +107,12 @@ def test_folder_below_a_file_is_named(here: Path) -> None:
     (here / "file").write_text("")
     with pytest.raises(ConfigurationError, match="--data-dir"):
         DataFolder(here / "file" / "data").create()
+
+
+def test_read_only_folder_leads_to_the_users_state(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whoever runs the tests as root may write everywhere.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(here / "state"))
+    assert default_folder().path == here / "state" / "agent-relay"
