@@ -27,6 +27,7 @@ from gateway.feed import FeedHub
 from gateway.handover import hand_over
 from gateway.handshake import websocket_routes
 from gateway.health import Health
+from gateway.http.events import event_routes
 from gateway.http.internal import admin_routes, health_routes, metrics_routes
 from gateway.http.middleware import ApiCors, SafeHeaders
 from gateway.http.page import page_routes
@@ -335,6 +336,7 @@ class Gateway:
         limit = self.settings.max_frame_bytes
         return [
             *websocket_routes(self._services, self.check_open),
+            *event_routes(self._services, self.check_open),
             *run_routes(self.identify, self._commands, limit),
             *ticket_routes(
                 self.identify, self._authenticator, self.pool, self._tickets, self.check_open

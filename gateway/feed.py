@@ -77,6 +77,11 @@ class Attachment:
         """The client's position, ``epoch:offset``; empty before it is established."""
         return str(self._cursor.position) if self._cursor.is_established else ""
 
+    @property
+    def epoch(self) -> str:
+        """The epoch that the offsets written now count in."""
+        return self._user_feed.feed.epoch or ""
+
     def writable(self) -> None:
         """The outbox has room again: go on where the cursor had to stop."""
         self._cursor.advance()

@@ -89,6 +89,9 @@ class ConnectionServices:
         }
 
 
+Framing = Callable[[bytes, str], bytes]
+
+
 class Connection:
     """A user's connection, from the accepted upgrade to the close.
 
@@ -102,6 +105,8 @@ class Connection:
         client_id: The device, as the client says.
         agents: Registered agents, for the client.
         make_transport: Makes the way to the socket, given this connection as the source.
+        framing: Puts a frame, and the position to resume from after it where there is one, into
+            the form that the transport writes.
     """
 
     def __init__(
@@ -113,12 +118,14 @@ class Connection:
         client_id: str | None,
         agents: Sequence[AgentInfo],
         make_transport: Callable[[Connection], Transport],
+        framing: Framing | None = None,
     ) -> None:
         self.connection_id = "con_" + secrets.token_hex(12)
         self.user_id = identity.user_id
         self.client_id = client_id
         self.transport = make_transport(self)
         self._services = services
+        self._framing = framing
         self._since = since
         self._agents = [agent.as_json() for agent in agents]
         self._session = Session(
@@ -209,7 +216,7 @@ class Connection:
         if now_ms >= self._heartbeat_due_ms:
             self._heartbeat_due_ms = now_ms + self._services.heartbeat_ms
             if self._is_established:
-                self._send(frames.heartbeat(self._position, wall_ms()))
+                self._send(frames.heartbeat(self._position, wall_ms()), self._position)
 
     def _miss_deadline(self) -> None:
         if self._closing is None:
@@ -309,7 +316,9 @@ class Connection:
         if has_room_again and self._closing is None and self._cursor is not None:
             self._cursor.writable()
 
-    def _send(self, frame: bytes) -> None:
+    def _send(self, frame: bytes, position: str = "") -> None:
+        if self._framing is not None:
+            frame = self._framing(frame, position)
         if self._closing is None and self._outbox.add(frame, steady_ms()):
             self.transport.wake()
 
@@ -327,7 +336,10 @@ class Connection:
     def write(self, publication: Publication) -> None:
         """Send an event."""
         self._services.metrics.delivered_events += 1
-        self._send(publication.frame)
+        if self._framing is None or self._cursor is None:
+            self._send(publication.frame)
+        else:
+            self._send(publication.frame, str(Position(self._cursor.epoch, publication.offset)))
 
     def write_part(self, frame: bytes) -> None:
         """Send a piece of a large event."""
@@ -348,7 +360,8 @@ class Connection:
                 heartbeat_ms=services.heartbeat_ms,
                 limits=services.limits_for_client(),
                 now_ms=wall_ms(),
-            )
+            ),
+            str(position),
         )
         if self._closing is None:
             self._deadline_ms = None
@@ -361,11 +374,11 @@ class Connection:
     def reset(self, position: Position, reason: str, runs: Sequence[ActiveRun]) -> None:
         """Tell the client to forget its runs: history was lost."""
         self._services.metrics.resets += 1
-        self._send(frames.reset(str(position), reason, _as_json(runs)))
+        self._send(frames.reset(str(position), reason, _as_json(runs)), str(position))
 
     def reposition(self, position: Position) -> None:
         """Tell the client its position in a new epoch; it missed nothing."""
-        self._send(frames.heartbeat(str(position), wall_ms()))
+        self._send(frames.heartbeat(str(position), wall_ms()), str(position))
 
     def degraded(self, reason: str | None) -> None:
         """Tell the client that events may be late, or with None that they no longer are."""
