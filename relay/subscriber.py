@@ -27,8 +27,12 @@ SUBSCRIBE_CHUNK = 512
 """Channels in one SUBSCRIBE; thousands in one command would hold Redis up for milliseconds."""
 
 _RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 2.0
-_SETTLED_S = 5.0
-"""A connection that has lasted this long was a good one: the next loss is a new story."""
+_SETTLED_S = 0.5
+"""A connection that has lasted this long was a good one: the next loss is a new story.
+
+Who is refused is refused at once. A longer time would add up the pauses of a Redis that closes
+subscriptions every second, and all clients would wait for them.
+"""
 
 log = structlog.stdlib.get_logger(__name__)
 
