@@ -23,11 +23,12 @@ class Size:
     published_per_s: float
     seconds: float
     kill_every_s: float
+    p99_limit_ms: float
 
 
 @sized(
-    small=Size(users=10, clients_per_user=2, published_per_s=100, seconds=7, kill_every_s=3),
-    full=Size(users=100, clients_per_user=2, published_per_s=1_000, seconds=60, kill_every_s=3),
+    small=Size(10, 2, published_per_s=100, seconds=7, kill_every_s=3, p99_limit_ms=5_000),
+    full=Size(100, 2, published_per_s=1_000, seconds=60, kill_every_s=3, p99_limit_ms=1_000),
 )
 async def test_gateways_killed_in_turn_cost_no_event(
     size: Size, own_redis: OwnRedis, tmp_path: Path, report: Report
@@ -50,15 +51,14 @@ async def test_gateways_killed_in_turn_cost_no_event(
                 keep_publishing(runs, size.published_per_s, lambda: time.monotonic() > end_s)
             )
             kills = 0
-            restarts: set[asyncio.Task[None]] = set()
             while time.monotonic() < end_s - size.kill_every_s:
                 await asyncio.sleep(size.kill_every_s)
                 gateway = stack.gateways[kills % 2]
                 await gateway.kill()
                 kills += 1
-                restarts.add(asyncio.create_task(stack.restart(gateway)))
+                # The other one is killed only when this one is back: two are not none.
+                await stack.restart(gateway)
             steps = await publishing
-            await asyncio.gather(*restarts)
             await load.complete_all()
             await arrive(load.runs, fleet.clients)
             verify(load.runs, fleet.clients)
@@ -73,5 +73,5 @@ async def test_gateways_killed_in_turn_cost_no_event(
                 p99_ms=percentile(durations, 0.99),
                 max_ms=max(durations),
             )
-            assert percentile(durations, 0.99) < 1_000
+            assert percentile(durations, 0.99) < size.p99_limit_ms
         stack.assert_no_defects()
