@@ -91,12 +91,13 @@ async def read_body(link: RedisLink, keys: Keys, user_id: str, fetch: FetchBody)
     user = keys.user(user_id)
     last = fetch.start + fetch.length - 1
     with mapped_errors(link.url):
-        # Both in one step: after a rewind another event's body may have this offset, but not
+        # All in one step: after a rewind another event's body may have this offset, but not
         # before the epoch has changed.
         async with link.client.pipeline(transaction=True) as pipeline:
             pipeline.hget(user.channel, "epoch")
+            pipeline.strlen(user.body(fetch.offset))
             pipeline.getrange(user.body(fetch.offset), fetch.start, last)
-            epoch, piece = await pipeline.execute()
-    if epoch is None or epoch.decode() != fetch.epoch:
+            epoch, size, piece = await pipeline.execute()
+    if epoch is None or epoch.decode() != fetch.epoch or size != fetch.size_bytes:
         return b""
     return bytes(piece)

@@ -132,14 +132,15 @@ class Rotate:
 class FetchBody:
     """Read bytes of a large event's body and give them to ``cursor.receive_body``.
 
-    Only while ``epoch`` is in force: in another one, another event may have this offset, and the
-    answer is empty.
+    Only while ``epoch`` is in force and the body has this size; otherwise the answer is empty. In
+    another epoch, or left over from a lost channel, another event's body may have this offset.
     """
 
     cursor: Cursor
     generation: int
     epoch: str
     offset: int
+    size_bytes: int
     start: int
     length: int
 
@@ -594,9 +595,15 @@ class Cursor:
             return
         self._is_reading = True
         length = PART_BYTES if body.is_parted else body.size_bytes
-        offset = body.publication.offset
-        epoch = self._feed.epoch or ""
-        fetch = FetchBody(self, self._generation, epoch, offset, body.received, length)
+        fetch = FetchBody(
+            cursor=self,
+            generation=self._generation,
+            epoch=self._epoch,
+            offset=body.publication.offset,
+            size_bytes=body.size_bytes,
+            start=body.received,
+            length=length,
+        )
         self._feed.effects.append(fetch)
 
     def receive_body(self, fetch: FetchBody, piece: bytes) -> None:

@@ -534,6 +534,8 @@ class World:
         if isinstance(effect, FetchBody):
             # Another epoch's body at this offset is another event.
             body = store.bodies.get(effect.offset, b"") if store.epoch == effect.epoch else b""
+            if len(body) != effect.size_bytes:
+                return b""
             return body[effect.start : effect.start + effect.length]
         known = effect.known if store.epoch == effect.epoch else {}
         return store.read(effect.after, known, effect.with_runs)
