@@ -201,11 +201,11 @@ def open_channels(server: RedisProcess, users: int) -> None:
 
 
 def relay_feeds(server: RedisProcess, users: int) -> list[str]:
-    """Give the lines with which the generator writes live messages as ``publish.lua`` does.
+    """Give the lines with which the generator writes events as ``publish.lua`` does.
 
-    It moves the channel's offset and publishes; the run and the log are left out, so that Redis
-    is not what saturates. Gateways cannot tell the difference as long as they miss nothing, and if
-    they did, the counts would show it.
+    It moves the channel's offset, appends to the log and publishes the live message; the run with
+    its fence and the bounds of the log are left out, so that Redis is not what saturates. To a
+    gateway there is no difference, also when it has to read what it has missed.
     """
     keys = Keys()
     pipeline = server.client.pipeline(transaction=False)
@@ -215,18 +215,24 @@ def relay_feeds(server: RedisProcess, users: int) -> list[str]:
     for user, (epoch, offset) in enumerate(pipeline.execute()):
         names = keys.user(user_name(user))
         run_id, before, after = _event_parts(user)
-        fields = [names.live, names.channel, epoch.decode(), offset.decode(), str(FIRST_SEQ)]
-        lines.append("\t".join(["relay", *fields, run_id, before, after]) + "\n")
+        written = [names.channel, names.log, epoch.decode(), offset.decode(), str(FIRST_SEQ)]
+        lines.append("\t".join(["relay", names.live, *written, run_id, before, after]) + "\n")
     return lines
 
 
 def plain_feeds(users: int, label: str) -> list[str]:
-    """Give the lines with which the generator publishes the same frames for a reference."""
+    """Give the lines with which the generator publishes the same frames for a reference.
+
+    It writes as much to Redis beside them, so that Redis takes the same time for each event.
+    """
     lines = []
     for user in range(users):
-        _, before, after = _event_parts(user)
+        run_id, before, after = _event_parts(user)
         frame = f'{{"offset":{FIRST_OFFSET},"seq":{FIRST_SEQ},{before[1:]}'
-        lines.append("\t".join(["plain", f"{label}-{user_name(user)}", frame, after]) + "\n")
+        name = f"{label}-{user_name(user)}"
+        numbers = [f"{user:012x}", str(FIRST_OFFSET), str(FIRST_SEQ)]
+        written = [f"{name}:channel", f"{name}:log", *numbers, run_id]
+        lines.append("\t".join(["plain", name, *written, frame, after]) + "\n")
     return lines
 
 

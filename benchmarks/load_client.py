@@ -141,37 +141,39 @@ class Feed:
     user: int
     is_relay: bool
     live: bytes
+    hash: bytes
+    log: bytes
+    epoch: bytes
+    offset: int
+    seq: int
+    run: bytes
     prefix: bytes
     suffix: bytes
-    hash: bytes = b""
-    epoch: bytes = b""
-    run: bytes = b""
-    offset: int = 0
-    seq: int = 0
     number: int = 0
     connections: int = 0
 
-    def next_event(self, at_ns: int) -> bytes:
-        event = b"%bbench:%d:%d:%d;%b" % (self.prefix, self.user, self.number, at_ns, self.suffix)
-        self.number += 1
-        return event
-
     def commands(self, burst: int, is_batched: bool, at_ns: int) -> list[bytes]:
+        entries = [self._next_entry(at_ns) for _ in range(burst)]
+        written = [command(b"HINCRBY", self.hash, b"offset", b"%d" % burst)]
+        for offset, seq, _, run, event in entries:
+            place = (self.log, b"MAXLEN", b"~", b"256", b"%d-0" % offset)
+            written.append(command(b"XADD", *place, b"e", event, b"s", b"%d" % seq, b"r", run))
         if not self.is_relay:
-            return [command(b"PUBLISH", self.live, self.next_event(at_ns)) for _ in range(burst)]
-        sizes = [burst] if is_batched else [1] * burst
-        moved = command(b"HINCRBY", self.hash, b"offset", b"%d" % burst)
-        return [
-            moved,
-            *(command(b"PUBLISH", self.live, self._message(size, at_ns)) for size in sizes),
-        ]
+            messages = [event for *_, event in entries]
+        elif is_batched:
+            messages = [self._message(entries)]
+        else:
+            messages = [self._message([entry]) for entry in entries]
+        return written + [command(b"PUBLISH", self.live, message) for message in messages]
 
-    def _message(self, count: int, at_ns: int) -> bytes:
-        entries = []
-        for _ in range(count):
-            self.offset += 1
-            self.seq += 1
-            entries.append([self.offset, self.seq, 0, self.run, self.next_event(at_ns)])
+    def _next_entry(self, at_ns: int) -> tuple[int, int, int, bytes, bytes]:
+        mark = b"bench:%d:%d:%d;" % (self.user, self.number, at_ns)
+        self.number += 1
+        self.offset += 1
+        self.seq += 1
+        return self.offset, self.seq, 0, self.run, self.prefix + mark + self.suffix
+
+    def _message(self, entries: list[tuple[int, int, int, bytes, bytes]]) -> bytes:
         packed: bytes = msgpack.packb([1, self.epoch, entries], use_bin_type=False)
         return packed
 
@@ -237,14 +239,21 @@ class Generator:
     async def redis(self, port: int, path: str) -> dict[str, float]:
         lines = await asyncio.to_thread(Path(path).read_text)
         for user, line in enumerate(lines.splitlines()):
-            kind, live, *rest = (part.encode() for part in line.split("\t"))
-            if kind == b"relay":
-                hash_key, epoch, offset, seq, run, prefix, suffix = rest
-                numbers = (int(offset), int(seq))
-                feed = Feed(user, True, live, prefix, suffix, hash_key, epoch, run, *numbers)
-            else:
-                prefix, suffix = rest
-                feed = Feed(user, False, live, prefix, suffix)
+            parts = [part.encode() for part in line.split("\t")]
+            kind, live, hash_key, log, epoch, offset, seq, run, prefix, suffix = parts
+            feed = Feed(
+                user=user,
+                is_relay=kind == b"relay",
+                live=live,
+                hash=hash_key,
+                log=log,
+                epoch=epoch,
+                offset=int(offset),
+                seq=int(seq),
+                run=run,
+                prefix=prefix,
+                suffix=suffix,
+            )
             feed.connections = sum(client.user == user for client in self.clients)
             self._feeds.append(feed)
         loop = asyncio.get_running_loop()

@@ -52,11 +52,13 @@ def measure(plan: Plan) -> Section:
                     used_s = process.cpu_s() - before_s
                     counts.setdefault((rate, name), []).append(count)
                     cpu_us.setdefault((rate, name), []).append(used_s / count.received * 1e6)
-    table = Table(["events/s", "candidate", *DISTRIBUTION_COLUMNS, "CPU us/event"])
+    columns = ["events/s", "candidate", *DISTRIBUTION_COLUMNS, "delivered/s", "CPU us/event"]
+    table = Table(columns)
     for (rate, name), parts in counts.items():
         latency = over_rounds([count.latency for count in parts])
+        delivered = f"{median(count.rate for count in parts):,.0f}"
         cost = f"{median(cpu_us[rate, name]):.1f}"
-        table.rows.append([f"{rate:,}", name, *latency.cells(), cost])
+        table.rows.append([f"{rate:,}", name, *latency.cells(), delivered, cost])
         section.figures[f"rates.{rate}.{name}.p99_ms"] = latency.p99_ms
     section.tables = [table]
     return section

@@ -33,7 +33,13 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { READ_BYTES = 1 << 18, MAX_EVENTS = 1024, QUIET_MS = 5000, MAX_BURST = 64 };
+enum {
+  READ_BYTES = 1 << 18,
+  MAX_EVENTS = 1024,
+  QUIET_MS = 5000,
+  MAX_BURST = 15, /* the longest array that msgpack's shortest form holds */
+  EVENT_BYTES = 4096
+};
 
 typedef struct {
   int fd, user;
@@ -47,7 +53,7 @@ typedef struct {
 
 typedef struct {
   bool is_relay;
-  char *live, *hash, *epoch, *run, *prefix, *suffix;
+  char *live, *hash, *log, *epoch, *run, *prefix, *suffix;
   uint64_t offset, seq, number;
   int connections;
 } Feed;
@@ -295,36 +301,34 @@ static size_t write_event(Feed *feed, char *to, uint64_t at_ns) {
                  (unsigned long long)feed->number++, (unsigned long long)at_ns, feed->suffix);
 }
 
-/* The message that publish.lua sends: msgpack [1, epoch, [[offset, seq, kind, run, event], ...]]. */
-static void publish_relay(Feed *feed, int count, uint64_t at_ns) {
-  static uint8_t message[MAX_BURST * 8192];
-  char event[4096];
+/* One array is what publish.lua sends: msgpack [1, epoch, [[offset, seq, kind, run, event], ...]]. */
+static size_t pack_head(Feed *feed, int count, uint8_t *to) {
   size_t length = 0;
-  message[length++] = 0x93;
-  message[length++] = 1;
-  length += pack_string(message + length, feed->epoch, strlen(feed->epoch));
-  if (count < 16) {
-    message[length++] = 0x90 | count;
-  } else {
-    message[length++] = 0xdc;
-    message[length++] = 0;
-    message[length++] = count;
-  }
-  for (int i = 0; i < count; i++) {
-    message[length++] = 0x95;
-    length += pack_number(message + length, ++feed->offset);
-    length += pack_number(message + length, ++feed->seq);
-    message[length++] = 0;
-    length += pack_string(message + length, feed->run, strlen(feed->run));
-    length += pack_string(message + length, event, write_event(feed, event, at_ns));
-  }
-  put_text("*3\r\n$7\r\nPUBLISH\r\n");
-  put_bulk(feed->live, strlen(feed->live));
-  put_bulk((char *)message, length);
+  to[length++] = 0x93;
+  to[length++] = 1;
+  length += pack_string(to + length, feed->epoch, strlen(feed->epoch));
+  to[length++] = 0x90 | count;
+  return length;
 }
 
-/* The channel's stored offset moves first, so that the gateway's position checks stay true. */
-static void store_offset(Feed *feed, int count) {
+static size_t pack_entry(Feed *feed, const char *event, size_t event_length, uint8_t *to) {
+  size_t length = 0;
+  to[length++] = 0x95;
+  length += pack_number(to + length, feed->offset);
+  length += pack_number(to + length, feed->seq);
+  to[length++] = 0;
+  length += pack_string(to + length, feed->run, strlen(feed->run));
+  return length + pack_string(to + length, event, event_length);
+}
+
+static void put_publish(Feed *feed, const void *message, size_t length) {
+  put_text("*3\r\n$7\r\nPUBLISH\r\n");
+  put_bulk(feed->live, strlen(feed->live));
+  put_bulk(message, length);
+}
+
+/* The channel's offset moves before anything is published, so that position checks stay true. */
+static void put_offset(Feed *feed, int count) {
   char number[24];
   put_text("*4\r\n$7\r\nHINCRBY\r\n");
   put_bulk(feed->hash, strlen(feed->hash));
@@ -332,25 +336,47 @@ static void store_offset(Feed *feed, int count) {
   put_bulk(number, sprintf(number, "%d", count));
 }
 
+/* A gateway that has fallen behind reads the log. */
+static void put_log(Feed *feed, const char *event, size_t length) {
+  char text[32];
+  put_text("*12\r\n$4\r\nXADD\r\n");
+  put_bulk(feed->log, strlen(feed->log));
+  put_text("$6\r\nMAXLEN\r\n$1\r\n~\r\n$3\r\n256\r\n");
+  put_bulk(text, sprintf(text, "%llu-0", (unsigned long long)feed->offset));
+  put_text("$1\r\ne\r\n");
+  put_bulk(event, length);
+  put_text("$1\r\ns\r\n");
+  put_bulk(text, sprintf(text, "%llu", (unsigned long long)feed->seq));
+  put_text("$1\r\nr\r\n");
+  put_bulk(feed->run, strlen(feed->run));
+}
+
 static void publish_burst(int burst, bool is_batched, uint64_t at_ns) {
+  static char events[MAX_BURST][EVENT_BYTES];
+  static uint8_t message[MAX_BURST * (EVENT_BYTES + 256)];
+  size_t lengths[MAX_BURST], packed = 0;
   Feed *feed = &feeds[next_feed];
   next_feed = (next_feed + 1) % feed_count;
-  if (feed->is_relay) {
-    store_offset(feed, burst);
-    if (is_batched) {
-      publish_relay(feed, burst, at_ns);
+  uint64_t offset = feed->offset, seq = feed->seq;
+  put_offset(feed, burst);
+  for (int i = 0; i < burst; i++) {
+    feed->offset++, feed->seq++;
+    lengths[i] = write_event(feed, events[i], at_ns);
+    put_log(feed, events[i], lengths[i]);
+  }
+  feed->offset = offset, feed->seq = seq;
+  if (feed->is_relay && is_batched) packed = pack_head(feed, burst, message);
+  for (int i = 0; i < burst; i++) {
+    feed->offset++, feed->seq++;
+    if (!feed->is_relay) {
+      put_publish(feed, events[i], lengths[i]);
     } else {
-      for (int i = 0; i < burst; i++) publish_relay(feed, 1, at_ns);
-    }
-  } else {
-    char event[4096];
-    for (int i = 0; i < burst; i++) {
-      size_t length = write_event(feed, event, at_ns);
-      put_text("*3\r\n$7\r\nPUBLISH\r\n");
-      put_bulk(feed->live, strlen(feed->live));
-      put_bulk(event, length);
+      if (!is_batched) packed = pack_head(feed, 1, message);
+      packed += pack_entry(feed, events[i], lengths[i], message + packed);
+      if (!is_batched) put_publish(feed, message, packed);
     }
   }
+  if (feed->is_relay && is_batched) put_publish(feed, message, packed);
   published += burst;
   expected += (uint64_t)burst * feed->connections;
 }
@@ -401,8 +427,8 @@ static FILE *open_file(const char *path) {
   return file;
 }
 
-/* relay \t live channel \t channel hash \t epoch \t offset \t seq \t run \t prefix \t suffix
- * plain \t channel \t prefix \t suffix                    with the mark between prefix and suffix */
+/* relay|plain \t live channel \t channel hash \t log \t epoch \t offset \t seq \t run \t prefix
+ * \t suffix, with the mark between the last two. plain: the event itself is published. */
 static void read_feeds(const char *path) {
   FILE *file = open_file(path);
   char *line = NULL;
@@ -414,16 +440,15 @@ static void read_feeds(const char *path) {
     char *rest = line, *kind = field(&rest);
     feed->is_relay = !strcmp(kind, "relay");
     feed->live = field(&rest);
-    if (feed->is_relay) {
-      feed->hash = field(&rest);
-      feed->epoch = field(&rest);
-      feed->offset = strtoull(field(&rest), NULL, 10);
-      feed->seq = strtoull(field(&rest), NULL, 10);
-      feed->run = field(&rest);
-    }
+    feed->hash = field(&rest);
+    feed->log = field(&rest);
+    feed->epoch = field(&rest);
+    feed->offset = strtoull(field(&rest), NULL, 10);
+    feed->seq = strtoull(field(&rest), NULL, 10);
+    feed->run = field(&rest);
     feed->prefix = field(&rest);
     feed->suffix = field(&rest);
-    if (strlen(feed->prefix) + strlen(feed->suffix) > 3500) fail("an event over 3500 bytes");
+    if (strlen(feed->prefix) + strlen(feed->suffix) > EVENT_BYTES - 100) fail("too long an event");
     free(kind);
   }
   free(line);
