@@ -128,12 +128,12 @@ class WebSocketConnectionPool:
         del own[connection.connection_id]
         if not own:
             del self._by_user[connection.user_id]
-        self._metrics.closed[str(code)] += 1
+        self._metrics.closed[str(int(code))] += 1
         log.info(
             "connection closed",
             connection_id=connection.connection_id,
             user_id=connection.user_id,
-            code=code,
+            code=int(code),
             reason=reason,
         )
 

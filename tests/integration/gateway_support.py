@@ -132,6 +132,8 @@ async def raw_tab(
     **options: Any,
 ) -> AsyncIterator[Tab]:
     url = gateway if isinstance(gateway, str) else gateway.url
+    # A tab reads all the time, unless a test says otherwise.
+    options.setdefault("max_queue", None)
     socket = await open_socket(
         f"{url.replace('http', 'ws', 1)}/v1/ws{query}",
         additional_headers=headers or {},
