@@ -329,19 +329,22 @@ class FeedHub:
                 for index, user_feed in enumerate(self._feeds.values())
                 if index % AUDIT_STEPS == step and user_feed.feed.state is FeedState.LIVE
             ]
-            if not checked:
+            if not checked and not self.is_degraded:
                 continue
             heads = [user_feed.feed.head for user_feed in checked]
             try:
                 with mapped_errors(self._link.url):
                     pipeline = self._link.client.pipeline(transaction=False)
+                    pipeline.ping()
                     for user_feed in checked:
                         key = self._keys.user(user_feed.user_id).channel
                         pipeline.hmget(key, ["epoch", "offset"])
-                    stored = await pipeline.execute()
+                    _, *stored = await pipeline.execute()
             except (RedisUnavailable, RedisMisconfigured, ScriptFailed) as error:
                 self._begin_outage(str(error))
                 continue
+            if self.subscriber.is_connected:
+                self._end_outage()
             for user_feed, head, (epoch, offset) in zip(checked, heads, stored, strict=True):
                 self._compare(user_feed, head, epoch, offset)
 
