@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import random
-import secrets
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import structlog
 
+from relay.amending import (
+    amend_run,
+    closing_events,
+    end_broken_run,
+    error_event,
+    look_at_run,
+    new_support_id,
+)
+from relay.cancelling import Cancelling
 from relay.codec import RunEnvelope, Task, encode_task
-from relay.columns import Columns, OpenTool, lifecycle_columns
-from relay.deadlines import SHARDS, Deadlines, parse_member
+from relay.columns import Columns, lifecycle_columns
+from relay.deadlines import SHARDS, Deadlines, member_of, parse_member
 from relay.errors import (
-    AGENT_ERRORS,
     DecodingFailed,
     RedisMisconfigured,
     RedisUnavailable,
@@ -41,7 +46,6 @@ from relay.lifecycle import (
     RetryAttempt,
     RunTruth,
     decide,
-    truth_from,
 )
 from relay.orphans import sweep_orphans
 from relay.scripts import RedisLink, ScriptFailed, mapped_errors
@@ -50,6 +54,10 @@ from relay.tasks import bury, dispatch, has_waiting_tasks
 POLL_S = 0.25
 TAKE_COUNT = 32
 SWEEP_S = 5.0
+MOST_FAILED_LOOKS = 5
+"""A run that cannot be understood this often in a row is given up: it would never be."""
+
+TOOL_LOST = "The worker was lost before the tool completed."
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -70,6 +78,8 @@ class Reaper:
         self._lease_ms = lease_ms
         self._cancel_grace_ms = cancel_grace_ms
         self._deadlines = Deadlines(link, keys)
+        self._cancelling = Cancelling(link, keys, self._deadlines, cancel_grace_ms)
+        self._failed_looks: dict[bytes, int] = {}
         self._contact_since_s: float | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -131,7 +141,32 @@ class Reaper:
                 log.warning("deadline not understood", error=str(error))
                 await self._deadlines.discard(shard, member)
                 continue
-            await self.look_at(user_id, run_id)
+            try:
+                await self.look_at(user_id, run_id)
+            except (ScriptFailed, DecodingFailed) as error:
+                # What one run holds must not keep the others from being looked at.
+                await self._look_failed(user_id, run_id, error)
+            else:
+                self._failed_looks.pop(member, None)
+
+    async def _look_failed(self, user_id: str, run_id: str, error: Exception) -> None:
+        """Try a few times to understand a run; then end it, and look at it no more."""
+        member = member_of(user_id, run_id).encode()
+        looks = self._failed_looks.get(member, 0) + 1
+        support_id = new_support_id()
+        log.error("run not understood", run_id=run_id, error=str(error), support_id=support_id)
+        if looks < MOST_FAILED_LOOKS:
+            self._failed_looks[member] = looks
+            return
+        self._failed_looks.pop(member, None)
+        try:
+            await end_broken_run(self._link, self._keys, user_id, run_id, support_id)
+        except (ScriptFailed, DecodingFailed):
+            log.exception("run given up", run_id=run_id, support_id=support_id)
+        task = encode_task(Task(user_id, run_id, "unknown"))
+        reason = f"what Redis holds of its run cannot be used: {error}"
+        await bury(self._link, self._keys, "unknown", task, reason)
+        await self._deadlines.drop(user_id, run_id)
 
     async def look_at(self, user_id: str, run_id: str) -> Decision:
         """Read the truth about a run and do what has to be done.
@@ -139,30 +174,42 @@ class Reaper:
         Raises:
             RedisUnavailable: Whether it was done is unknown; the run comes up again.
         """
-        user = self._keys.user(user_id)
-        [reply] = await self._link.run([self._link.call("look", user, run_id, run_id)])
-        run = truth_from(reply)
+        found = await look_at_run(self._link, self._keys, user_id, run_id)
+        envelope, run = (None, None) if found is None else found
         decision = decide(run, lease_ms=self._lease_ms, cancel_grace_ms=self._cancel_grace_ms)
-        if run is None or isinstance(decision, Forget):
+        if run is None or envelope is None or isinstance(decision, Forget):
             await self._deadlines.drop(user_id, run_id)
         elif isinstance(decision, LookAgain):
             await self._deadlines.set(user_id, run_id, decision.at_ms)
         elif isinstance(decision, Dispatch):
             await self._dispatch(user_id, run_id, run)
         else:
-            await self._act(user_id, run_id, run, decision)
+            await self._act(envelope, run, decision)
         return decision
 
     async def _dispatch(self, user_id: str, run_id: str, run: RunTruth) -> None:
         # A task that waits in the stream will be taken in its turn. Only where the workers have
         # taken everything and the run still waits, its task may be gone.
-        if not await has_waiting_tasks(self._link, self._keys, run.agent):
+        if await self._is_first_dispatch(user_id, run_id, run) or not await has_waiting_tasks(
+            self._link, self._keys, run.agent
+        ):
             await dispatch(self._link, self._keys, Task(user_id, run_id, run.agent))
             log.info("run dispatched again", run_id=run_id, agent=run.agent)
         await self._deadlines.set(user_id, run_id, run.now_ms + self._lease_ms)
 
-    async def _act(self, user_id: str, run_id: str, run: RunTruth, decision: Decision) -> None:
-        envelope = RunEnvelope(run_id, run.attempt, run.thread, user_id, run.agent)
+    async def _is_first_dispatch(self, user_id: str, run_id: str, run: RunTruth) -> bool:
+        """Whether this is the first look at a delayed attempt whose time has come.
+
+        Its task was settled with the attempt before, so it has none in the stream, whatever else
+        waits there: under steady load the stream may never be empty.
+        """
+        if run.status != "retrying":
+            return False
+        key = self._keys.user(user_id).run(run_id)
+        with mapped_errors(self._link.url):
+            return bool(await self._link.client.hsetnx(key, f"dispatched:{run.attempt}", 1))
+
+    async def _act(self, envelope: RunEnvelope, run: RunTruth, decision: Decision) -> None:
         next_look_ms = run.now_ms + 50
         match decision:
             case ExpireInput(request_id):
@@ -170,7 +217,7 @@ class Reaper:
             case ReportStall(idle_ms):
                 stalled = {"idle_ms": idle_ms, "last_event": run.last_event}
                 event = lifecycle_columns(envelope, EventType.AGENT_STALLED, run.now_ms, stalled)
-                await self._amend(envelope, run, "stall", "", [event])
+                await self._amend(envelope, run, [event], condition="stall", supersede=False)
             case FinishCancel():
                 by = (run.cancel or {}).get("by", "user")
                 ended = {
@@ -179,10 +226,10 @@ class Reaper:
                     "duration_ms": max(0, run.now_ms - run.claimed_ms),
                 }
                 events = [
-                    *self._closings(envelope, run, "cancelled"),
+                    *closing_events(envelope, run, "cancelled"),
                     lifecycle_columns(envelope, EventType.AGENT_CANCELLED, run.now_ms, ended),
                 ]
-                await self._amend(envelope, run, "", "supersede", events)
+                await self._amend(envelope, run, events)
             case RetryAttempt(delay_ms):
                 retrying = {
                     "attempt": run.attempt + 1,
@@ -190,30 +237,22 @@ class Reaper:
                     "delay_ms": delay_ms,
                 }
                 events = [
-                    *self._closings(envelope, run, "error"),
+                    *closing_events(envelope, run, "error", TOOL_LOST),
                     lifecycle_columns(envelope, EventType.AGENT_RETRYING, run.now_ms, retrying),
                 ]
-                await self._amend(envelope, run, "lease", "supersede", events)
+                await self._amend(envelope, run, events, condition="lease")
                 next_look_ms = run.now_ms + delay_ms
             case LoseRun():
                 await self._lose(envelope, run)
-        await self._deadlines.set(user_id, run_id, next_look_ms)
+        await self._deadlines.set(envelope.user_id, envelope.run_id, next_look_ms)
 
     async def _lose(self, envelope: RunEnvelope, run: RunTruth) -> None:
-        support_id = f"sup_{secrets.token_hex(6)}"
-        guidance = AGENT_ERRORS["worker_lost"]
-        data: Mapping[str, Any] = {
-            "code": "worker_lost",
-            "error_message": guidance.message,
-            "is_recoverable": True,
-            "recovery_suggestions": list(guidance.recovery_suggestions),
-            "support_id": support_id,
-        }
+        support_id = new_support_id()
         events = [
-            *self._closings(envelope, run, "error"),
-            lifecycle_columns(envelope, EventType.AGENT_ERROR, run.now_ms, data),
+            *closing_events(envelope, run, "error", TOOL_LOST),
+            error_event(envelope, run, "worker_lost", support_id),
         ]
-        if await self._amend(envelope, run, "lease", "supersede", events):
+        if await self._amend(envelope, run, events, condition="lease"):
             reason = f"its worker {run.worker} was lost in attempt {run.attempt}, the last one"
             task = Task(envelope.user_id, envelope.run_id, envelope.agent)
             await bury(self._link, self._keys, envelope.agent, encode_task(task), reason)
@@ -234,56 +273,25 @@ class Reaper:
             # Answered, or ended, since we looked: there is nothing left to expire.
             log.debug("input not expired", run_id=envelope.run_id, reason=str(refused))
 
-    def _closings(self, envelope: RunEnvelope, run: RunTruth, status: str) -> list[Columns]:
-        events = []
-        for tool_call_id, kept in run.open_tools.items():
-            tool = OpenTool.decode(kept)
-            closed: dict[str, Any] = {
-                "tool_call_id": tool_call_id,
-                "tool_name": tool.name,
-                "status": status,
-                "duration_ms": max(0, run.now_ms - tool.since_ms),
-            }
-            if status == "error":
-                closed["error"] = "The worker was lost before the tool completed."
-            events.append(lifecycle_columns(envelope, EventType.TOOL_COMPLETED, run.now_ms, closed))
-        for request_id in run.open_inputs:
-            resolved = {"request_id": request_id, "outcome": "cancelled", "by": "system"}
-            events.append(
-                lifecycle_columns(envelope, EventType.INPUT_RESOLVED, run.now_ms, resolved)
-            )
-        return events
-
     async def _amend(
         self,
         envelope: RunEnvelope,
         run: RunTruth,
-        condition: str,
-        supersede: str,
         events: list[Columns],
+        *,
+        condition: str = "",
+        supersede: bool = True,
     ) -> bool:
-        """Append events if the run is still as it was seen; tells whether it was."""
-        user = self._keys.user(envelope.user_id)
-        columns: list[int | str | bytes] = []
-        for event in events:
-            columns += event
-        call = self._link.call(
-            "amend",
-            user,
-            envelope.run_id,
-            envelope.run_id,
-            run.fence,
-            run.seq,
-            run.status,
-            condition,
-            run.updated_ms,
-            supersede,
-            *columns,
+        is_done = await amend_run(
+            self._link,
+            self._keys,
+            envelope,
+            run,
+            events,
+            condition=condition,
+            supersede=supersede,
         )
-        [reply] = await self._link.run([call])
-        if reply[0] != b"ok":
-            return False
-        if reply[1]:
-            next_task = Task(envelope.user_id, reply[1].decode(), reply[2].decode())
-            await dispatch(self._link, self._keys, next_task)
-        return True
+        if is_done and supersede:
+            # What the attempt asked for is of use to nobody any more.
+            await self._cancelling.cancel_children(envelope.user_id, envelope.run_id)
+        return is_done

@@ -6,7 +6,7 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import orjson
 
@@ -47,6 +47,13 @@ class AgentInfo:
         return {"name": self.name, "description": self.description}
 
 
+class ParentAttempt(NamedTuple):
+    """The attempt of a run that asks for another run."""
+
+    run_id: str
+    fence: str
+
+
 @dataclass(frozen=True, slots=True)
 class SubmitRequest:
     """A user's request.
@@ -54,6 +61,7 @@ class SubmitRequest:
     Attributes:
         message_id: The client's id of this request; the same one again gives the same run.
         policy: What happens while the thread has an active run; None: as the agent says.
+        parent: The attempt that asks for this run as a part of its own; None for a user's request.
     """
 
     user_id: str
@@ -63,6 +71,7 @@ class SubmitRequest:
     message_id: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
     policy: ThreadPolicy | None = None
+    parent: ParentAttempt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +184,7 @@ class RunSummary:
     cancel_requested: bool
     created_ms: int
     ended_ms: int | None
+    parent_run_id: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Give the item of ``runs[]``."""
@@ -182,6 +192,7 @@ class RunSummary:
             "run_id": self.run_id,
             "thread_id": self.thread_id,
             "agent": self.agent,
+            "parent_run_id": self.parent_run_id,
             "status": self.status,
             "attempt": self.attempt,
             "seq": self.seq,
@@ -260,6 +271,7 @@ def summary_from_row(row: Sequence[bytes]) -> RunSummary:
             cancel_requested=bool(cancel),
             created_ms=int(created),
             ended_ms=int(ended) if ended else None,
+            parent_run_id=row[13].decode() or None,
         )
     except (ValueError, IndexError, AttributeError) as error:
         raise DecodingFailed(f"a run's hash cannot be read: {error}") from error

@@ -5,23 +5,24 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import orjson
 
+from relay.cancelling import Cancelling
 from relay.codec import RunEnvelope, Task, encode_json
-from relay.columns import lifecycle_columns
 from relay.deadlines import Deadlines
-from relay.errors import DecodingFailed, RequestRefused
+from relay.errors import DecodingFailed, RequestRefused, RunEnded, StaleFence
 from relay.events import EventType, validate_data
 from relay.inputs import InputAnswer, answer_input
 from relay.keys import Keys
+from relay.lifecycle import ENDED
 from relay.run_model import (
     AgentInfo,
     CancelOutcome,
     Claim,
     NotClaimed,
+    ParentAttempt,
     Renewed,
     RunDetail,
     RunLimits,
@@ -35,8 +36,6 @@ from relay.run_model import (
 )
 from relay.scripts import RedisLink, mapped_errors
 from relay.tasks import dispatch
-
-_CANCEL_ATTEMPTS = 8
 
 
 class RunRegistry:
@@ -53,6 +52,7 @@ class RunRegistry:
         self._keys = keys
         self._limits = limits or RunLimits()
         self._deadlines = Deadlines(link, keys)
+        self._cancelling = Cancelling(link, keys, self._deadlines, self._limits.cancel_grace_ms)
 
     async def register_agents(self, agents: Sequence[AgentInfo]) -> None:
         """Make agents known to all gateways."""
@@ -80,7 +80,8 @@ class RunRegistry:
         Calling again with the same message id gives the same run.
 
         Raises:
-            RequestRefused: ``unknown_agent``, ``rate_limited``, ``thread_busy``.
+            RequestRefused: ``unknown_agent``, ``rate_limited``, ``thread_busy``; ``run_ended``:
+                the run that asks for this one may ask for nothing any more.
             RedisUnavailable: Whether it was accepted is unknown; submit it again.
         """
         with mapped_errors(self._link.url):
@@ -93,30 +94,23 @@ class RunRegistry:
                 + (f" Known agents: {known}." if known else " No agent is registered yet."),
             )
         policy = request.policy or _agent_from(request.agent, stored).policy
-        run_id = derive_run_id(request.user_id, request.message_id)
-        user = self._keys.user(request.user_id)
-        asked = {
-            "message_id": request.message_id,
-            "content": request.content,
-            "metadata": dict(request.metadata),
-        }
-        envelope = RunEnvelope(run_id, 0, request.thread_id, request.user_id, request.agent)
-        event = envelope.encode(
-            EventType.AGENT_QUEUED, _now_ms(), validate_data(EventType.AGENT_QUEUED, asked)
-        )
+        run_id, asked, event = _accepted(request)
+        parent = request.parent or ParentAttempt("", "")
         call = self._link.call(
             "submit",
-            user,
+            self._keys.user(request.user_id),
             run_id,
             run_id,
             request.agent,
             request.thread_id,
             policy,
-            encode_json(asked),
+            asked,
             event,
             hashlib.sha256(event).hexdigest(),
             self._limits.max_active,
             self._limits.max_queued,
+            parent.run_id,
+            parent.fence,
         )
         # Intent first: should this process die after the script, the reaper finds the run.
         await self._deadlines.bring_forward(
@@ -143,12 +137,10 @@ class RunRegistry:
                 return Submitted(run_id, duplicate=True, status=status)
             case ["thread_busy", active]:
                 raise RequestRefused("thread_busy", f"The thread's run {active} is still active.")
+            case ["parent_gone"]:
+                raise RequestRefused("run_ended", "The run that asks for this one has stopped.")
             case ["rate_limited", "active"]:
-                raise RequestRefused(
-                    "rate_limited",
-                    f"You already have {self._limits.max_active} active runs.",
-                    retry_after_ms=1_000,
-                )
+                raise self._too_many_active()
             case ["rate_limited", _]:
                 raise RequestRefused(
                     "rate_limited",
@@ -156,6 +148,105 @@ class RunRegistry:
                     retry_after_ms=1_000,
                 )
         raise DecodingFailed(f"submit answered {reply!r}")
+
+    def _too_many_active(self) -> RequestRefused:
+        return RequestRefused(
+            "rate_limited",
+            f"You already have {self._limits.max_active} active runs.",
+            retry_after_ms=1_000,
+        )
+
+    async def open_run(
+        self,
+        request: SubmitRequest,
+        worker_id: str,
+        lease_ms: int,
+        *,
+        fence: str,
+        stall_after_ms: int = 0,
+    ) -> Claim:
+        """Accept a run that is at work already, and claim it, in one step.
+
+        It waits for no turn in its thread, is given to no other worker and has one attempt.
+
+        Args:
+            request: What it is about; its agent need not be registered, its policy is not used.
+            worker_id: Who carries it out; signals go there.
+            lease_ms: How long the claim holds without being renewed.
+            fence: A random one; the same one again gives the same claim again.
+            stall_after_ms: Silence after which it counts as stalled; 0 for never.
+
+        Raises:
+            RequestRefused: ``rate_limited``.
+            RunEnded: There was a run of this message; it has ended.
+            StaleFence: There is a run of this message; it is at work elsewhere.
+            RedisUnavailable: Whether it was opened is unknown; open it again.
+        """
+        run_id, asked, event = _accepted(request)
+        call = self._link.call(
+            "open",
+            self._keys.user(request.user_id),
+            run_id,
+            run_id,
+            request.agent,
+            request.thread_id,
+            asked,
+            event,
+            hashlib.sha256(event).hexdigest(),
+            self._limits.max_active,
+            fence,
+            worker_id,
+            lease_ms,
+            stall_after_ms,
+        )
+        await self._deadlines.bring_forward(request.user_id, run_id, _now_ms() + lease_ms)
+        [reply] = await self._link.run([call])
+        match [_text(part) for part in reply]:
+            case ["opened", seq, created_ms, epoch]:
+                return Claim(
+                    envelope=RunEnvelope(
+                        run_id, 1, request.thread_id, request.user_id, request.agent
+                    ),
+                    request=RunRequest(**orjson.loads(asked)),
+                    fence=fence,
+                    seq=int(seq),
+                    epoch=epoch,
+                    created_ms=int(created_ms),
+                )
+            case ["duplicate", status] if status in ENDED:
+                raise RunEnded(run_id, status)
+            case ["duplicate", _]:
+                raise StaleFence(f"run {run_id} is at work elsewhere")
+            case ["rate_limited", _]:
+                raise self._too_many_active()
+            case other:
+                raise DecodingFailed(f"open answered {other!r}")
+
+    async def release(self, claim: Claim) -> bool:
+        """Give back a run whose attempt has published nothing, as if it had not been claimed.
+
+        Returns:
+            False if its worker has to end it instead.
+
+        Raises:
+            RedisUnavailable: Whether it was given back is unknown.
+        """
+        user = self._keys.user(claim.envelope.user_id)
+        call = self._link.call("release", user, claim.run_id, claim.run_id, claim.fence)
+        [reply] = await self._link.run([call])
+        return bool(reply[0] == b"ok")
+
+    async def dispatch_again(self, claim: Claim, delay_ms: int) -> None:
+        """Have another attempt of a run begin after a delay; 0 tells its workers at once.
+
+        Raises:
+            RedisUnavailable: Whether they know is unknown; the run's deadline finds it later.
+        """
+        envelope = claim.envelope
+        await self._deadlines.bring_forward(envelope.user_id, envelope.run_id, _now_ms() + delay_ms)
+        if delay_ms == 0:
+            task = Task(envelope.user_id, envelope.run_id, envelope.agent)
+            await dispatch(self._link, self._keys, task)
 
     async def _interrupt(self, user_id: str, run_id: str) -> None:
         try:
@@ -273,74 +364,22 @@ class RunRegistry:
     ) -> CancelOutcome:
         """Ask a run to stop: at once if no worker has it, otherwise through its worker.
 
-        Asking again is harmless; the worker is signalled again.
+        Asking again is harmless; the worker is signalled again. The runs that this run has asked
+        for are asked to stop as well.
 
         Raises:
             RequestRefused: ``unknown_run`` or ``run_ended``.
             RedisUnavailable: Whether the request was noted is unknown; ask again.
         """
-        user = self._keys.user(user_id)
-        for _ in range(_CANCEL_ATTEMPTS):
-            with mapped_errors(self._link.url):
-                stored = await self._link.client.hmget(
-                    user.run(run_id), ["attempt", "thread", "agent", "created_ms"]
-                )
-            if stored[0] is None:
-                raise RequestRefused("unknown_run")
-            attempt, now_ms = int(_text(stored[0])), _now_ms()
-            envelope = RunEnvelope(run_id, attempt, _text(stored[1]), user_id, _text(stored[2]))
-            flag = {"by": by, "reason": reason}
-            ended = {**flag, "duration_ms": max(0, now_ms - int(_text(stored[3])))}
-            call = self._link.call(
-                "cancel",
-                user,
-                run_id,
-                run_id,
-                attempt,
-                orjson.dumps(flag),
-                *lifecycle_columns(envelope, EventType.CANCEL_REQUESTED, now_ms, flag),
-                *lifecycle_columns(envelope, EventType.AGENT_CANCELLED, now_ms, ended),
-            )
-            await self._deadlines.bring_forward(
-                user_id, run_id, now_ms + self._limits.cancel_grace_ms
-            )
-            [reply] = await self._link.run([call])
-            outcome = await self._cancelled(user_id, run_id, flag, [_text(part) for part in reply])
-            if outcome is not None:
-                return outcome
-        raise RequestRefused("internal", "The run changes too quickly to be cancelled. Try again.")
+        return await self._cancelling.cancel(user_id, run_id, by=by, reason=reason)
 
-    async def _cancelled(
-        self, user_id: str, run_id: str, flag: Mapping[str, Any], reply: Sequence[str]
-    ) -> CancelOutcome | None:
-        match reply:
-            case ["requested", worker]:
-                await self._signal(worker, user_id, run_id, flag)
-                return CancelOutcome(run_id, "cancel_requested", already=False)
-            case ["already", _, worker]:
-                await self._signal(worker, user_id, run_id, flag)
-                return CancelOutcome(run_id, "cancel_requested", already=True)
-            case ["cancelled", next_run, next_agent]:
-                if next_run:
-                    await dispatch(self._link, self._keys, Task(user_id, next_run, next_agent))
-                return CancelOutcome(run_id, "cancelled", already=False)
-            case ["ended", status]:
-                raise RequestRefused("run_ended", f"The run has already ended: {status}.")
-            case ["unknown"]:
-                raise RequestRefused("unknown_run")
-            case ["changed", _]:
-                return None
-        raise DecodingFailed(f"cancel answered {reply!r}")
+    async def cancel_children(self, user_id: str, run_id: str) -> None:
+        """Ask the runs that a run has asked for to stop.
 
-    async def _signal(
-        self, worker_id: str, user_id: str, run_id: str, flag: Mapping[str, Any]
-    ) -> None:
-        """Wake the run's worker. The flag in the run's hash is what counts."""
-        if not worker_id:
-            return
-        signal = {"kind": "cancel", "user_id": user_id, "run_id": run_id, **flag}
-        with mapped_errors(self._link.url):
-            await self._link.client.publish(self._keys.worker(worker_id), orjson.dumps(signal))
+        Raises:
+            RedisUnavailable: Which of them were told is unknown; ask again.
+        """
+        await self._cancelling.cancel_children(user_id, run_id)
 
     async def list_runs(self, user_id: str) -> list[RunSummary]:
         """List a user's active and just-ended runs, oldest first.
@@ -361,16 +400,29 @@ class RunRegistry:
         """
         user = self._keys.user(user_id)
         names = ["agent", "thread", "status", "attempt", "seq", "first_offset", "open_tools"]
-        names += ["open_inputs", "cancel", "created_ms", "ended_ms", "result_offset", "terminal"]
+        names += ["open_inputs", "cancel", "created_ms", "ended_ms", "result_offset", "parent"]
+        names += ["terminal"]
         with mapped_errors(self._link.url):
             stored = await self._link.client.hmget(user.run(run_id), names)
             if stored[0] is None:
                 return None
-            terminal = stored[12]
+            terminal = stored[13]
             if terminal is None and stored[11]:
                 terminal = await self._link.client.get(user.body(int(stored[11])))
-        summary = summary_from_row([run_id.encode(), *(_bytes(part) for part in stored[:11])])
+        summary = summary_from_row([run_id.encode(), *(_bytes(part) for part in stored[:13])])
         return RunDetail(summary, None if terminal is None else orjson.loads(terminal))
+
+
+def _accepted(request: SubmitRequest) -> tuple[str, bytes, bytes]:
+    """Give a request's run id, its bytes for the worker, and those of ``agent_queued``."""
+    run_id = derive_run_id(request.user_id, request.message_id)
+    metadata = dict(request.metadata)
+    if request.parent is not None:
+        metadata["parent_run_id"] = request.parent.run_id
+    asked = {"message_id": request.message_id, "content": request.content, "metadata": metadata}
+    envelope = RunEnvelope(run_id, 0, request.thread_id, request.user_id, request.agent)
+    data = validate_data(EventType.AGENT_QUEUED, asked)
+    return run_id, encode_json(asked), envelope.encode(EventType.AGENT_QUEUED, _now_ms(), data)
 
 
 def _agent_from(name: bytes | str, stored: bytes | str) -> AgentInfo:

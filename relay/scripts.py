@@ -32,12 +32,15 @@ SCHEMES = ("redis", "rediss", "unix", "valkey", "valkeys")
 _PARTS: dict[str, tuple[str, ...]] = {
     "publish": ("_channel", "_append", "_run", "publish"),
     "submit": ("_channel", "_append", "_run", "submit"),
+    "open": ("_channel", "_append", "_run", "open"),
     "claim": ("_channel", "_append", "_run", "claim"),
+    "release": ("_channel", "_append", "_run", "release"),
     "renew": ("_channel", "_append", "_run", "renew"),
     "look": ("_channel", "look"),
     "amend": ("_channel", "_append", "_run", "amend"),
     "resolve": ("_channel", "_append", "_run", "resolve"),
     "cancel": ("_channel", "_append", "_run", "cancel"),
+    "notice": ("_channel", "_append", "notice"),
     "read": ("_channel", "read"),
     "rotate": ("_channel", "rotate"),
 }

@@ -49,14 +49,29 @@ def _entry_order(entry_id: bytes) -> tuple[int, int]:
     return int(time_ms), int(count)
 
 
-async def bury(link: RedisLink, keys: Keys, agent: str, task: bytes, reason: str) -> None:
-    """Put a task to the dead letters; the oldest of ten thousand go."""
+async def bury(
+    link: RedisLink, keys: Keys, agent: str, task: bytes, reason: str, *, entry_id: bytes = b""
+) -> None:
+    """Put a task that cannot be carried out to the dead letters; the oldest of ten thousand go.
+
+    Args:
+        link: Redis.
+        keys: Key names.
+        agent: Whose stream it came from.
+        task: Its bytes, as they are.
+        reason: Why, for the operator.
+        entry_id: Its id in that stream, where it has one.
+
+    Raises:
+        RedisUnavailable: Whether it arrived is unknown; at worst it is found twice.
+    """
     with mapped_errors(link.url):
         await link.client.xadd(
             keys.dead_letters,
             {
                 "reason": reason,
                 "agent": agent,
+                "entry_id": entry_id,
                 "task": task,
                 "at_ms": time.time_ns() // 1_000_000,
             },

@@ -39,6 +39,8 @@ export interface RunOutline {
   run_id: string;
   thread_id: string;
   agent: string;
+  /** The run that asked for this one, for a sub-agent. */
+  parent_run_id: string | null;
   status: RunStatus;
   attempt: number;
   first_offset: number;

@@ -15,7 +15,7 @@
 -- the channel's offset no text is cut, so whoever has read that page lacks nothing (ADR 0002).
 
 local RUN_FIELDS = {'agent', 'thread', 'status', 'attempt', 'seq', 'first_offset', 'open_tools',
-  'open_inputs', 'cancel', 'created_ms', 'ended_ms', 'result_offset'}
+  'open_inputs', 'cancel', 'created_ms', 'ended_ms', 'result_offset', 'parent'}
 local after, max_bytes = tonumber(ARGV[6]), tonumber(ARGV[7])
 local PAGE_ENTRIES = 256
 -- A text becomes an event with an envelope; many short ones must not burst the page.

@@ -4,16 +4,27 @@
 --       7 agent  8 thread  9 policy: enqueue, reject, interrupt or parallel
 --       10 the request's bytes, for the worker  11 bytes of agent_queued  12 their digest
 --       13 most active runs  14 most queued runs
+--       15 the run that asks for this one, or ''  16 the fence of its attempt
 --
 -- Gives {'ok', 'dispatch' | 'wait', epoch, offset, ids of the runs to interrupt …}
 --       {'duplicate', status} | {'thread_busy', run id} | {'rate_limited', 'active' | 'queued'}
+--       {'parent_gone'}  the run that asks has ended, is to stop, or is in another attempt
 
 local run_id, agent, thread, policy = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
+local parent, parent_fence = ARGV[15], ARGV[16]
 
 local channel = open_channel()
 local known = redis.call('HGET', RUN, 'status')
 if known then
   return {'duplicate', known}
+end
+local siblings = nil
+if parent ~= '' then
+  local above = redis.call('HMGET', BASE .. 'run:' .. parent, 'status', 'fence', 'cancel', 'children')
+  if not above[1] or is_ended(above[1]) or above[2] ~= parent_fence or above[3] then
+    return {'parent_gone'}
+  end
+  siblings = above[4]
 end
 local lane = 't:' .. thread
 if policy == 'parallel' then
@@ -43,6 +54,11 @@ redis.call('HSET', RUN, 'run_id', run_id, 'agent', agent, 'thread', thread, 'lan
   'status', 'queued', 'attempt', '0', 'fence', '', 'seq', '1', 'batch', '0', 'request', ARGV[10],
   'open_tools', '{}', 'open_inputs', '{}', 'first_offset', int(offset),
   'last_offset', int(offset), 'created_ms', int(NOW), 'updated_ms', int(NOW))
+if parent ~= '' then
+  redis.call('HSET', RUN, 'parent', parent)
+  redis.call('HSET', BASE .. 'run:' .. parent, 'children',
+    siblings and (siblings .. ' ' .. run_id) or run_id)
+end
 redis.call('PEXPIRE', RUN, RUN_ACTIVE_MS)
 redis.call('ZADD', RUNS, int(offset), run_id)
 redis.call('HSET', THREADS, lane, ahead and (ahead .. ' ' .. run_id) or run_id)
