@@ -71,8 +71,7 @@ def main() -> int:
     seconds = time.monotonic() - began_s
     path = options.output or (None if options.quick or options.only else RESULTS)
     if path is not None:
-        command = " ".join(["python -m benchmarks", *sys.argv[1:]])
-        path.write_text(render(sections, command, load_before, seconds))
+        path.write_text(render(sections, _command(options), load_before, seconds))
         print(f"Written: {path}")
     print(f"Took {seconds:.0f} s.")
     missed = [check for section in sections for check in section.checks if not check.is_met]
@@ -83,6 +82,14 @@ def _measure(sections: list[Section], measure: Callable[[Plan], Section], plan: 
     section = measure(plan)
     sections.append(section)
     print(section.markdown(), flush=True)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """Give the command that measures the same again; where its results went does not matter."""
+    quick = ["--quick"] if options.quick else []
+    profiled = ["--profile"] if options.profile is not None else []
+    only = [f"--only={name}" for name in options.only or ()]
+    return " ".join(["python -m benchmarks", *quick, *only, *profiled])
 
 
 def _say(text: str) -> None:

@@ -51,5 +51,5 @@ def measure(plan: Plan) -> Section:
             table = Table([f"{mode}: {title}", "own share"])
             table.rows = [[name, f"{share:.1%}"] for name, share in shares]
             section.tables.append(table)
-        section.notes.append(f"Flame graph: {graph}")
+        section.notes.append(f"Flame graph: `{graph.name}`")
     return section
