@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from playwright.async_api import Browser, BrowserContext, Locator, Page, async_playwright
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from playwright.async_api import Browser, BrowserContext, Locator, Page
 
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome")
 NO_BROWSER = (
     "There is no browser: none of "
     + ", ".join(BROWSER_NAMES)
-    + " is on PATH and CHROMIUM names none. Install one, for example: apt-get install chromium"
+    + " is on PATH, and CHROMIUM names none. Install one, for example: apt-get install chromium."
 )
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
 DEADLINE_MS = 20_000
@@ -49,6 +52,9 @@ def find_browser() -> str | None:
 @asynccontextmanager
 async def running_browser() -> AsyncIterator[Browser]:
     """Start a browser of its own; a machine without one fails the test with what to do."""
+    # Here, because what is above is asked by every test session.
+    from playwright.async_api import async_playwright
+
     path = find_browser()
     if path is None:
         pytest.fail(NO_BROWSER, pytrace=False)
