@@ -18,10 +18,11 @@ _PACKAGES = ("uvicorn", "starlette", "websockets", "uvloop", "redis", "hiredis",
 _HEAD = """\
 # Benchmark results
 
-Written by `{command}`; [README.md](README.md) says how each figure is made. Absolute
-figures belong to the machine below and to what else it did meanwhile. Ratios were measured side by side in this
-one run and carry further. The load generator recognises every event by a mark in its payload: none
-was lost, repeated, out of order or another user's, or its figure would not be here.
+Written by `{command}`; [README.md](README.md) says how each figure is made.
+Absolute figures belong to the machine below and to what else it did meanwhile. Ratios were measured
+side by side in this one run and carry further. The load generator recognises every event by a mark
+in its payload: none was lost, repeated, out of order or another user's, or its figure would not be
+here.
 """
 
 
