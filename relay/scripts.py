@@ -36,7 +36,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "claim": ("_channel", "_append", "_run", "claim"),
     "release": ("_channel", "_append", "_run", "release"),
     "renew": ("_channel", "_append", "_run", "renew"),
-    "look": ("_channel", "look"),
+    "look": ("_channel", "_append", "_run", "look"),
     "amend": ("_channel", "_append", "_run", "amend"),
     "resolve": ("_channel", "_append", "_run", "resolve"),
     "cancel": ("_channel", "_append", "_run", "cancel"),
@@ -148,7 +148,10 @@ class RedisLink:
         await connection.send_command("INFO", "replication", check_health=False)
         info = await connection.read_response()
         match = re.search(rb"master_replid:([0-9a-f]+)", info)
-        self._instances[connection] = match[1].decode() if match else "unknown"
+        # A replica that is promoted keeps its connections: on one to a replica nothing can be
+        # known for long, and each script asks the server itself.
+        is_master = b"role:master" in info
+        self._instances[connection] = match[1].decode() if match and is_master else "unknown"
 
     def call(
         self, name: str, user: UserKeys, run_id: str | None, *args: str | bytes | int

@@ -97,6 +97,32 @@ local function apply_events(channel, batch, run_id, progress, from, to)
   return progress
 end
 
+-- Gives a lane's runs, separated by spaces, or nil where there are none. A first run whose hash is
+-- gone would never leave, and those behind it would wait for ever: it is taken out.
+local function runs_in_lane(lane)
+  local stored = redis.call('HGET', THREADS, lane)
+  local runs = stored
+  while runs and redis.call('EXISTS', BASE .. 'run:' .. string.match(runs, '%S+')) == 0 do
+    runs = string.match(runs, '^%S+ (.+)$')
+  end
+  if stored and not runs then
+    redis.call('HDEL', THREADS, lane)
+  elseif runs ~= stored then
+    redis.call('HSET', THREADS, lane, runs)
+  end
+  return runs or nil
+end
+
+-- How many lanes have runs. Lanes of lost runs are looked for only where they would matter.
+local function count_lanes(limit)
+  if redis.call('HLEN', THREADS) >= limit then
+    for _, lane in ipairs(redis.call('HKEYS', THREADS)) do
+      runs_in_lane(lane)
+    end
+  end
+  return redis.call('HLEN', THREADS)
+end
+
 -- Takes the run out of its lane. Gives the run that is next there and its agent, or ''.
 local function leave_lane(lane, run_id)
   local waiting = redis.call('HGET', THREADS, lane)
@@ -104,14 +130,10 @@ local function leave_lane(lane, run_id)
     return '', ''
   end
   local rest = {}
-  local was_first = false
-  local index = 0
+  local was_first = string.match(waiting, '%S+') == run_id
   for name in string.gmatch(waiting, '%S+') do
-    index = index + 1
     if name ~= run_id then
       rest[#rest + 1] = name
-    elseif index == 1 then
-      was_first = true
     end
   end
   if #rest == 0 then
@@ -119,10 +141,12 @@ local function leave_lane(lane, run_id)
     return '', ''
   end
   redis.call('HSET', THREADS, lane, table.concat(rest, ' '))
-  if not was_first then
+  local left = was_first and runs_in_lane(lane)
+  if not left then
     return '', ''
   end
-  return rest[1], redis.call('HGET', BASE .. 'run:' .. rest[1], 'agent') or ''
+  local following = string.match(left, '%S+')
+  return following, redis.call('HGET', BASE .. 'run:' .. following, 'agent') or ''
 end
 
 -- Closes the run's books after its terminal event; gives the next run of its lane, and its agent.

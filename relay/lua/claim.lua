@@ -24,7 +24,7 @@ if run[2] ~= fence then
   if status ~= 'queued' and status ~= 'retrying' then
     return {'taken', run[11] or ''}
   end
-  local waiting = redis.call('HGET', THREADS, run[10])
+  local waiting = runs_in_lane(run[10])
   if waiting and string.match(waiting, '%S+') ~= run_id then
     return {'waiting'}
   end

@@ -15,7 +15,7 @@ local run = redis.call('HMGET', RUN, 'lane', unpack(LOOK_FIELDS))
 if not run[2] then
   return {int(NOW)}
 end
-local lane = redis.call('HGET', THREADS, run[1])
+local lane = runs_in_lane(run[1])
 local is_first = not lane or string.match(lane, '%S+') == ARGV[6]
 local reply = {int(NOW), is_first and '1' or ''}
 for index = 1, #LOOK_FIELDS do

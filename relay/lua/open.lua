@@ -19,7 +19,7 @@ if known[1] then
   end
   return {'duplicate', known[1]}
 end
-if redis.call('HLEN', THREADS) >= tonumber(ARGV[12]) then
+if count_lanes(tonumber(ARGV[12])) >= tonumber(ARGV[12]) then
   return {'rate_limited', 'active'}
 end
 

@@ -30,7 +30,7 @@ local lane = 't:' .. thread
 if policy == 'parallel' then
   lane = 'p:' .. run_id
 end
-local ahead = redis.call('HGET', THREADS, lane)
+local ahead = runs_in_lane(lane)
 if ahead then
   if policy == 'reject' then
     return {'thread_busy', string.match(ahead, '%S+')}
@@ -44,7 +44,7 @@ if ahead then
   if queued >= tonumber(ARGV[14]) then
     return {'rate_limited', 'queued'}
   end
-elseif redis.call('HLEN', THREADS) >= tonumber(ARGV[13]) then
+elseif count_lanes(tonumber(ARGV[13])) >= tonumber(ARGV[13]) then
   return {'rate_limited', 'active'}
 end
 
