@@ -1,4 +1,4 @@
-"""The README's own commands and code, carried out as a reader would."""
+"""What READMEs promise: commands and code, carried out as a reader would, and tests that exist."""
 
 from __future__ import annotations
 
@@ -127,3 +127,16 @@ async def test_agent_works_as_it_is_printed(reader: Reader) -> None:
     await reader.wait_until_logged(worker, "worker_started")
     answer = reader.run(readme_commands()["send"])
     assert "Your message has **3** words, 2 distinct." in answer
+
+
+def test_tests_in_the_list_of_what_is_shown_exist() -> None:
+    named = re.findall(
+        r"`([\w/.]+\.(?:py|mjs))(?:::(\w+))?`", (ROOT / "tests/README.md").read_text()
+    )
+    assert len(named) > 20
+    missing = []
+    for name, test in named:
+        path = ROOT / "tests" / name
+        if not path.is_file() or (test and f"def {test}(" not in path.read_text()):
+            missing.append(f"{name}::{test}")
+    assert not missing
