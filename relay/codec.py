@@ -303,6 +303,13 @@ class LiveBatch(NamedTuple):
     publications: Sequence[Publication]
 
 
+def _decode_entry(entry: Sequence[Any]) -> Publication:
+    offset, seq, kind, run_id, event = entry[:5]
+    if not (type(offset) is type(seq) is type(kind) is int and type(event) is bytes):
+        raise TypeError("an entry of another form")
+    return Publication(offset, seq, kind, run_id.decode(), event)
+
+
 def decode_live(payload: bytes) -> LiveBatch:
     """Read a live message ``[version, epoch, [[offset, seq, kind, run_id, event], …]]``.
 
@@ -316,13 +323,7 @@ def decode_live(payload: bytes) -> LiveBatch:
         version, epoch, entries = message[0], message[1], message[2]
         if version != WIRE_VERSION:
             raise DecodingFailed(f"live message of version {version!r}, expected {WIRE_VERSION}")
-        return LiveBatch(
-            epoch.decode("ascii"),
-            [
-                Publication(entry[0], entry[1], entry[2], entry[3].decode(), entry[4])
-                for entry in entries
-            ],
-        )
+        return LiveBatch(epoch.decode("ascii"), [_decode_entry(entry) for entry in entries])
     except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         raise DecodingFailed(f"not a live message: {type(error).__name__}") from error
 

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import enum
+import math
+import uuid
+from decimal import Decimal
+from typing import Any
+
+import msgpack
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.codec import (
+    MAX_DEPTH,
+    Position,
+    Publication,
+    RunEnvelope,
+    Task,
+    decode_live,
+    decode_task,
+    encode_json,
+    encode_part,
+    encode_task,
+    parse_position,
+    redact,
+    splice,
+)
+from relay.errors import DecodingFailed, EncodingFailed
+from relay.events import EventType
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | TEXTS | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+    max_leaves=12,
+)
+GARBAGE = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.binary(max_size=9) | TEXTS,
+    lambda inner: (
+        st.lists(inner, max_size=5) | st.dictionaries(TEXTS | st.integers(0, 9), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+ENVELOPE = RunEnvelope("run_1", 2, "t", "alice", "docs")
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: Any
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+# --- Positions ---
+
+
+@given(st.from_regex(r"[0-9a-zA-Z]{1,64}", fullmatch=True), st.integers(0, 10**16 - 1))
+def test_positions_round_trip(epoch: str, offset: int) -> None:
+    assert parse_position(str(Position(epoch, offset))) == (epoch, offset)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", ":", "e:", ":1", "e", "e:-1", "e:1.0", "e: 1", "e:1 ", "é:1", "e:\u0663", "e:1:2"),
+        *("e/x:1", "e" * 65 + ":1", "e:" + "9" * 17),
+    ],
+)
+def test_what_is_no_position_is_refused(text: str) -> None:
+    with pytest.raises(DecodingFailed):
+        parse_position(text)
+
+
+@given(st.text())
+def test_any_text_is_a_position_or_refused(text: str) -> None:
+    try:
+        position = parse_position(text)
+    except DecodingFailed:
+        return
+    assert position.offset >= 0
+
+
+# --- JSON ---
+
+
+@given(VALUES)
+def test_json_values_round_trip(value: Any) -> None:
+    decoded = orjson.loads(encode_json(value))
+    assert decoded == orjson.loads(orjson.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("value", "form"),
+    [
+        (datetime.datetime(2026, 1, 2, 3, tzinfo=datetime.UTC), "2026-01-02T03:00:00Z"),
+        (Colour.RED, "red"),
+        (uuid.UUID(int=5), str(uuid.UUID(int=5))),
+        (Decimal("1.10"), "1.10"),
+        (b"\x00\xff", "AP8="),
+        ({3, 1}, [1, 3]),
+        (Point(1, Decimal(2)), {"x": 1, "y": "2"}),
+        (math.nan, None),
+        ((1, 2), [1, 2]),
+        ({1: "a"}, {"1": "a"}),
+    ],
+)
+def test_other_values_have_the_promised_form(value: object, form: object) -> None:
+    assert orjson.loads(encode_json(value)) == form
+
+
+def test_what_cannot_be_encoded_is_named_by_its_place() -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    deep: Any = 0
+    for _ in range(MAX_DEPTH + 300):
+        deep = [deep]
+    for value, place in [
+        ({"a": [1, object()]}, "data.a[1]"),
+        ({"a": {"b": "\ud800"}}, "data.a.b"),
+        ({"n": 2**64}, "data.n"),
+        ({"n": -(2**63) - 1}, "data.n"),
+        ({"p": Point(1, object())}, "data.p.y"),
+        ({"s": {"t": lambda: 1}}, "data.s.t"),
+    ]:
+        with pytest.raises(EncodingFailed) as caught:
+            encode_json(value)
+        assert str(caught.value).startswith(place) or place in str(caught.value)
+    for value in (loop, deep):
+        with pytest.raises(EncodingFailed):
+            encode_json({"a": value})
+
+
+@given(st.recursive(GARBAGE | st.just(object()) | st.just("\ud800"), st.lists, max_leaves=4))
+def test_encoding_succeeds_or_fails_as_promised(value: Any) -> None:
+    with contextlib.suppress(EncodingFailed):
+        orjson.loads(encode_json(value))
+
+
+# --- Frames ---
+
+
+@given(st.integers(1, 2**53), st.integers(0, 2**53), VALUES, TEXTS)
+def test_a_spliced_event_is_json_with_its_place(
+    offset: int, seq: int, data: Any, user: str
+) -> None:
+    envelope = RunEnvelope("run_1", 2, "t", user, "docs")
+    event = envelope.encode(EventType.CUSTOM, 1_700_000_000_123, {"name": "x", "value": data})
+    frame = orjson.loads(splice(event, offset, seq))
+    assert frame["offset"] == offset
+    assert frame.get("seq") == (seq or None)
+    assert (frame["user_id"], frame["timestamp"]) == (user, "2023-11-14T22:13:20.123Z")
+    assert orjson.loads(event) == {
+        name: value for name, value in frame.items() if name not in ("offset", "seq")
+    }
+
+
+def test_a_publications_frame_is_built_once() -> None:
+    publication = Publication(3, 2, 0, "run_1", ENVELOPE.encode(EventType.AGENT_STARTED, 0, {}))
+    assert publication.frame is publication.frame
+    assert not publication.is_claim
+    assert Publication(3, 2, 0, "run_1", b"", 70_000).is_claim
+
+
+@given(TEXTS)
+def test_a_part_keeps_its_text(text: str) -> None:
+    part = orjson.loads(encode_part(7, 1, 3, text))
+    assert part == {"type": "event_part", "offset": 7, "index": 1, "total": 3, "text": text}
+
+
+# --- Redaction ---
+
+
+def test_only_exact_names_are_redacted() -> None:
+    names = frozenset({"token", "api_key"})
+    value = {"token": "x", "Token": 1, "token_count": 3, "list": [{"API_KEY": None}, ("a",)]}
+    assert redact(value, names) == {
+        "token": "[redacted]",
+        "Token": "[redacted]",
+        "token_count": 3,
+        "list": [{"API_KEY": "[redacted]"}, ("a",)],
+    }
+
+
+@given(VALUES)
+def test_without_secrets_the_same_object_comes_back(value: Any) -> None:
+    assert redact(value, frozenset()) is value
+
+
+# --- Live messages and tasks ---
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 2**53), st.integers(0, 99), st.integers(0, 2), TEXTS, st.binary()),
+        max_size=5,
+    )
+)
+def test_live_messages_round_trip(entries: list[tuple[int, int, int, str, bytes]]) -> None:
+    batch = decode_live(msgpack.packb([1, "e1", entries, "from a newer writer"]))
+    assert batch.epoch == "e1"
+    assert [
+        (item.offset, item.seq, item.kind, item.run_id, item.event) for item in batch.publications
+    ] == entries
+
+
+def accept_live(payload: bytes) -> None:
+    try:
+        batch = decode_live(payload)
+    except DecodingFailed:
+        return
+    for item in batch.publications:
+        assert type(item.offset) is type(item.seq) is type(item.kind) is int
+        assert type(item.event) is bytes
+        assert type(item.run_id) is str
+
+
+@given(st.binary(max_size=60))
+def test_random_bytes_are_refused_as_live_message_and_as_task(payload: bytes) -> None:
+    accept_live(payload)
+    with pytest.raises(DecodingFailed):
+        decode_task(payload)
+
+
+@given(GARBAGE, GARBAGE)
+def test_other_msgpack_is_refused_as_live_message(value: Any, entry: Any) -> None:
+    for message in (
+        value,
+        [1, "e1", value],
+        [1, "e1", [value]],
+        [1, "e1", [[1, 2, 0, "r", entry]]],
+    ):
+        accept_live(msgpack.packb(message))
+
+
+def test_another_version_is_refused() -> None:
+    with pytest.raises(DecodingFailed, match="version 2"):
+        decode_live(msgpack.packb([2, "e1", []]))
+    with pytest.raises(DecodingFailed, match="version 2"):
+        decode_task(msgpack.packb({"v": 2, "user_id": "a", "run_id": "r", "agent": "d"}))
+
+
+@given(
+    TEXTS.filter(bool),
+    st.text("abc_", min_size=1, max_size=9),
+    st.text("xyz", min_size=1, max_size=9),
+)
+def test_tasks_round_trip(user_id: str, run_id: str, agent: str) -> None:
+    task = Task(user_id, run_id, agent)
+    assert decode_task(encode_task(task)) == task
+
+
+@given(GARBAGE, GARBAGE)
+def test_other_msgpack_is_refused_as_task(value: Any, field: Any) -> None:
+    bad = {"v": 1, "user_id": field if not isinstance(field, str) else "", "run_id": "r"}
+    for message in (value, bad, {**bad, "agent": "a"}):
+        with pytest.raises(DecodingFailed):
+            decode_task(msgpack.packb(message))
