@@ -29,6 +29,9 @@ RUN_TTL_ACTIVE_MS = 7 * 86_400_000
 NODE_TTL_MS = 3_000
 """A node or worker is alive while its key is; renewed every second."""
 
+WORKER_INDEX_TTL_MS = 3_600_000
+"""A worker that was not heard of for this long leaves the index when another one starts."""
+
 BODY_THRESHOLD_BYTES = 65_536
 """An event above this is stored beside the log; a live message above it becomes a claim."""
 
@@ -132,6 +135,11 @@ class Keys:
     def agents(self) -> str:
         """Hash: agent name → what its workers said about it when they started, as JSON."""
         return f"{self.prefix}:agents"
+
+    @property
+    def workers(self) -> str:
+        """Sorted set: workers by when they were last heard of; whose key lives is alive."""
+        return f"{self.prefix}:workers"
 
     @property
     def dead_letters(self) -> str:
