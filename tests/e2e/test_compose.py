@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from websockets.typing import Origin, Subprotocol
 from tests.support.redis_server import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
 ROOT = Path(__file__).parents[2]
 READY_DEADLINE_S = 90.0
@@ -119,17 +120,28 @@ def stack() -> Iterator[Stack]:
         },
     )
     try:
-        started.compose("up", "--build", "--detach", timeout_s=400)
+        # All services share one image: built once, so that they also share one state of the sources.
+        started.compose("build", "gateway-1", timeout_s=400)
+        started.compose("up", "--no-build", "--detach")
         started.await_status("/readyz", 200)
         yield started
     finally:
         started.compose("down", "--volumes", "--remove-orphans", "--rmi", "local")
-        subprocess.run(
-            ["docker", "image", "rm", "--force", f"{project}:latest"],
-            capture_output=True,
-            timeout=60,
-            check=True,
-        )
+        for words in (
+            ["rm", "--force", f"{project}:latest"],
+            ["prune", "--force", "--filter", "label=agent-relay.stage"],
+        ):
+            subprocess.run(["docker", "image", *words], capture_output=True, timeout=60, check=True)
+
+
+@asynccontextmanager
+async def awaiting(what: str) -> AsyncIterator[None]:
+    """Bound a wait, and say in the failure what it was for."""
+    try:
+        async with asyncio.timeout(RUN_DEADLINE_S):
+            yield
+    except TimeoutError:
+        raise AssertionError(f"no {what} within {RUN_DEADLINE_S:.0f} s") from None
 
 
 async def open_connection(stack: Stack, token: str, since: str = "now") -> ClientConnection:
@@ -144,7 +156,7 @@ async def open_connection(stack: Stack, token: str, since: str = "now") -> Clien
 
 async def receive(connection: ClientConnection, kind: str) -> dict[str, Any]:
     """Give the next frame of a kind."""
-    async with asyncio.timeout(RUN_DEADLINE_S):
+    async with awaiting(kind):
         while True:
             frame: dict[str, Any] = json.loads(await connection.recv())
             if frame["type"] == kind:
@@ -154,7 +166,7 @@ async def receive(connection: ClientConnection, kind: str) -> dict[str, Any]:
 async def receive_run(connection: ClientConnection) -> list[dict[str, Any]]:
     """Give all lifecycle events up to the first terminal one."""
     events: list[dict[str, Any]] = []
-    async with asyncio.timeout(RUN_DEADLINE_S):
+    async with awaiting("terminal event"):
         while not events or events[-1]["type"] not in TERMINAL:
             frame = json.loads(await connection.recv())
             assert frame["type"] != "error", frame
@@ -236,7 +248,7 @@ async def test_page_and_runs_through_the_balancer_also_without_one_gateway(stack
 
 async def agent_is_there(stack: Stack, token: str, agent: str) -> None:
     """Connect until a worker has announced the agent: gateways are ready without any worker."""
-    async with asyncio.timeout(RUN_DEADLINE_S):
+    async with awaiting(f"worker with the agent {agent}"):
         while True:
             async with await open_connection(stack, token) as connection:
                 established = await receive(connection, "connection_established")
@@ -247,7 +259,7 @@ async def agent_is_there(stack: Stack, token: str, agent: str) -> None:
 
 async def connect_to_another(stack: Stack, token: str, node: str) -> tuple[ClientConnection, str]:
     """Connect until another gateway than ``node`` answers."""
-    async with asyncio.timeout(RUN_DEADLINE_S):
+    async with awaiting("connection to another gateway"):
         while True:
             connection = await open_connection(stack, token)
             other: str = (await receive(connection, "connection_established"))["node"]
