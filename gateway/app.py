@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute
 
 from gateway.auth import Authenticator, find_credential
+from gateway.cluster import Cluster
 from gateway.commands import RunCommands
 from gateway.connection_pool import PoolLimits, WebSocketConnectionPool
 from gateway.feed import FeedHub
@@ -101,17 +102,19 @@ class Gateway:
         self._authenticator = Authenticator(
             self._verifier, self._tickets, settings.allowed_origins, time.time
         )
-        self._commands = RunCommands(
-            RunRegistry(
-                self.link,
-                keys,
-                RunLimits(
-                    max_active=settings.max_active_runs_per_user,
-                    max_queued=settings.max_queued_runs_per_user,
-                    dispatch_check_ms=settings.lease_ms,
-                    cancel_grace_ms=settings.cancel_grace_ms,
-                ),
+        registry = RunRegistry(
+            self.link,
+            keys,
+            RunLimits(
+                max_active=settings.max_active_runs_per_user,
+                max_queued=settings.max_queued_runs_per_user,
+                dispatch_check_ms=settings.lease_ms,
+                cancel_grace_ms=settings.cancel_grace_ms,
             ),
+        )
+        self._cluster = Cluster(self.link, keys, registry)
+        self._commands = RunCommands(
+            registry,
             default_agent=settings.default_agent,
             max_content_chars=settings.max_content_chars,
         )
@@ -350,7 +353,9 @@ class Gateway:
         return [
             *metrics_routes(self.metrics),
             *health_routes(self.health, with_detail=True),
-            *admin_routes(self.identify, self.node, self.pool, self.hub, self.health),
+            *admin_routes(
+                self.identify, self.node, self.pool, self.hub, self.health, self._cluster
+            ),
         ]
 
 

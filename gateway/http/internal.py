@@ -10,9 +10,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.auth import ADMIN_SCOPE, require_scope
+from gateway.cluster import Cluster
 from gateway.connection_pool import WebSocketConnectionPool
 from gateway.feed import FeedHub
 from gateway.health import Health
+from gateway.http.dead_letters import dead_letter_routes
 from gateway.http.problems import json_response
 from gateway.metrics import CONTENT_TYPE, GatewayMetrics
 from gateway.node import Node
@@ -61,11 +63,17 @@ def admin_routes(
     pool: WebSocketConnectionPool,
     hub: FeedHub,
     health: Health,
+    cluster: Cluster,
 ) -> list[Route]:
     """Make what needs a token with the scope ``relay:admin``."""
 
+    async def authorize(request: Request) -> Identity:
+        identity = await identify(request)
+        require_scope(identity, ADMIN_SCOPE)
+        return identity
+
     async def stats(request: Request) -> Response:
-        require_scope(await identify(request), ADMIN_SCOPE)
+        await authorize(request)
         return json_response(
             {
                 "node": node.node_id,
@@ -74,11 +82,12 @@ def admin_routes(
                 "feeds": hub.feed_count,
                 "catch_ups": hub.catch_ups,
                 **asdict(pool.statistics()),
+                **await cluster.figures(),
             }
         )
 
     async def disconnect(request: Request) -> Response:
-        require_scope(await identify(request), ADMIN_SCOPE)
+        await authorize(request)
         nodes = await node.disconnect_everywhere(request.path_params["user_id"])
         return json_response({"nodes": nodes}, 202)
 
@@ -86,4 +95,5 @@ def admin_routes(
         Route("/v1/admin/stats", stats, methods=["GET"]),
         # A user id may hold a slash, which arrives decoded.
         Route("/v1/admin/users/{user_id:path}/disconnect", disconnect, methods=["POST"]),
+        *dead_letter_routes(authorize, cluster.dead_letters),
     ]
