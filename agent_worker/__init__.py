@@ -3,6 +3,6 @@
 from agent_worker.run import Run
 from agent_worker.sync_run import SyncRun
 from agent_worker.worker import Worker
-from relay.errors import AgentError
+from relay.errors import AgentError, InputDenied, InputExpired
 
-__all__ = ["AgentError", "Run", "SyncRun", "Worker"]
+__all__ = ["AgentError", "InputDenied", "InputExpired", "Run", "SyncRun", "Worker"]

@@ -7,36 +7,32 @@ stream until its run has ended here, so that it is found again if this process d
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
-from agent_worker import metrics
+from agent_worker.attempts import info_of, lease_of
 from agent_worker.definition import AgentDefinition
-from agent_worker.execution import (
-    REFUSED,
-    UNFINISHED,
-    CancelAsked,
-    RunExecution,
-    WorkerStops,
-    cancel_asked,
-    read_cancel_flag,
-)
-from agent_worker.leases import Lease, LeaseKeeper
+from agent_worker.errands import RegistryErrands
+from agent_worker.execution import REFUSED, RELEASED, RETRYING, UNFINISHED, RunExecution
+from agent_worker.leases import LeaseKeeper
+from agent_worker.metrics import WorkerMetrics
 from agent_worker.patience import REDIS_AWAY, delays, until_redis_answers
-from agent_worker.run import Request, RunInfo
+from agent_worker.stops import CancelAsked, WorkerStops, cancel_asked
 from agent_worker.task_streams import EntryKey, GroupMissing, TaskEntry, TaskStreams
+from relay.amending import end_broken_run, new_support_id
 from relay.codec import Task, decode_task
 from relay.errors import DecodingFailed
 from relay.keys import Keys
 from relay.publisher import Publisher
 from relay.run_model import AgentInfo, Claim, NotClaimed
 from relay.runs import RunRegistry
-from relay.scripts import ScriptFailed
+from relay.scripts import RedisLink, ScriptFailed
+from relay.tasks import bury
 
 _log = structlog.get_logger(__name__)
 
@@ -74,6 +70,7 @@ class Dispatcher:
     def __init__(
         self,
         worker_id: str,
+        link: RedisLink,
         keys: Keys,
         definitions: Mapping[str, AgentDefinition],
         streams: TaskStreams,
@@ -81,8 +78,10 @@ class Dispatcher:
         publisher: Publisher,
         leases: LeaseKeeper,
         limits: DispatcherLimits,
+        metrics: WorkerMetrics,
     ) -> None:
         self._worker_id = worker_id
+        self._link = link
         self._keys = keys
         self._definitions = definitions
         self._streams = streams
@@ -90,6 +89,8 @@ class Dispatcher:
         self._publisher = publisher
         self._leases = leases
         self._limits = limits
+        self._metrics = metrics
+        self._lent = 0
         self._in_hand: dict[EntryKey, asyncio.Task[None]] = {}
         self._at_work: dict[str, _RunAtWork] = {}
         self._room = asyncio.Event()
@@ -121,7 +122,7 @@ class Dispatcher:
                         self._start(entry)
                     is_prepared = True
                 await self._room.wait()
-                room = self._limits.concurrency - len(self._in_hand)
+                room = max(1, self._free_places)
                 for entry in await self._streams.take(room) if self._is_taking else ():
                     self._start(entry)
                 waits = delays()
@@ -130,7 +131,7 @@ class Dispatcher:
                 is_prepared = False
             except (*REDIS_AWAY, ScriptFailed) as error:
                 is_prepared = False
-                metrics.REDIS_FAILURES.labels("tasks").inc()
+                self._metrics.redis_failures.labels("tasks").inc()
                 _log.warning("tasks_not_readable", reason=str(error))
                 await asyncio.sleep(next(waits))
 
@@ -149,12 +150,27 @@ class Dispatcher:
         task = asyncio.create_task(self._carry_out(entry), name=f"task-{entry.entry_id.decode()}")
         self._in_hand[entry.key] = task
         task.add_done_callback(lambda _: self._let_go(entry))
-        if len(self._in_hand) >= self._limits.concurrency:
+        self._count_room()
+
+    @property
+    def _free_places(self) -> int:
+        # A run that waits for a run below it lends its place: otherwise parents that wait could
+        # take all places, and no child would ever begin (ADR 0007).
+        return self._limits.concurrency - len(self._in_hand) + self._lent
+
+    def _count_room(self) -> None:
+        if self._free_places > 0 or not self._is_taking:
+            self._room.set()
+        else:
             self._room.clear()
+
+    def _lend(self, change: int) -> None:
+        self._lent += change
+        self._count_room()
 
     def _let_go(self, entry: TaskEntry) -> None:
         task = self._in_hand.pop(entry.key)
-        self._room.set()
+        self._count_room()
         error = None if task.cancelled() else task.exception()
         if error is not None:
             # The entry stays in its stream; whoever claims idle entries tries it again.
@@ -167,12 +183,34 @@ class Dispatcher:
             await self._settle(entry)
             return
         try:
-            await self._carry_out_run(self._decode(entry))
+            task = self._decode(entry)
+        except DecodingFailed as error:
+            await self._bury(entry, str(error))
+            return
+        try:
+            await self._carry_out_run(task)
         except (DecodingFailed, ScriptFailed) as error:
             await self._bury(entry, str(error))
+            await self._end_broken(task)
         else:
             # Also after a refusal: whoever superseded the attempt was told by a task of its own.
             await self._settle(entry)
+
+    async def _end_broken(self, task: Task) -> None:
+        """End a run whose task was buried: left queued, it would be dispatched again for ever."""
+        support_id = new_support_id()
+        _log.error("run_not_usable", run_id=task.run_id, support_id=support_id)
+        try:
+            await until_redis_answers(
+                lambda: end_broken_run(
+                    self._link, self._keys, task.user_id, task.run_id, support_id
+                ),
+                "end",
+                self._metrics,
+            )
+        except (DecodingFailed, ScriptFailed, ValueError) as error:
+            # The reaper gives it up after a few looks.
+            _log.error("run_not_ended", run_id=task.run_id, reason=str(error))
 
     def _decode(self, entry: TaskEntry) -> Task:
         if entry.payload is None:
@@ -187,18 +225,20 @@ class Dispatcher:
 
     async def _carry_out_run(self, task: Task) -> None:
         if task.run_id in self._at_work:
-            metrics.TASKS_SKIPPED.labels("in_hand").inc()
+            self._metrics.tasks_skipped.labels("in_hand").inc()
             return
         execution = RunExecution(
-            self._definitions[task.agent], cancel_grace_s=self._limits.cancel_grace_s
+            self._definitions[task.agent],
+            cancel_grace_s=self._limits.cancel_grace_s,
+            metrics=self._metrics,
         )
         at_work = _RunAtWork(task, execution, secrets.token_hex(8))
         # Known before the claim: a cancel signal may overtake the claim's answer.
         self._at_work[task.run_id] = at_work
         try:
-            claim = await until_redis_answers(lambda: self._claim(at_work), "claim")
+            claim = await until_redis_answers(lambda: self._claim(at_work), "claim", self._metrics)
             if isinstance(claim, NotClaimed):
-                metrics.TASKS_SKIPPED.labels(claim.reason).inc()
+                self._metrics.tasks_skipped.labels(claim.reason).inc()
                 _log.info("task_skipped", run_id=task.run_id, reason=claim.reason)
                 return
             if self._is_closing:
@@ -224,61 +264,53 @@ class Dispatcher:
             raise DecodingFailed(f"not a task: {error}") from error
 
     async def _execute(self, claim: Claim, execution: RunExecution) -> None:
-        envelope, request = claim.envelope, claim.request
-        info = RunInfo(
-            run_id=envelope.run_id,
-            user_id=envelope.user_id,
-            thread_id=envelope.thread_id,
-            agent=envelope.agent,
-            attempt=envelope.attempt,
-            request=Request(request.content, request.metadata, request.message_id),
-        )
+        agent = claim.envelope.agent
         if claim.cancel is not None:
             execution.request_stop(cancel_asked(claim.cancel))
         stream = self._publisher.open(claim, on_refused=execution.refuse)
-        lease = self._lease_of(claim, execution)
+        errands = RegistryErrands(self._registry, claim, self._metrics, self._lend)
+        lease = lease_of(claim, self._keys, execution)
         self._leases.hold(lease)
         began_s = time.monotonic()
         status = UNFINISHED
-        metrics.RUNS_ACTIVE.labels(info.agent).inc()
+        self._metrics.runs_active.labels(agent).inc()
         try:
-            status = await execution.carry_out(info, stream)
+            status = await execution.carry_out(info_of(claim), stream, errands)
         finally:
             self._leases.release(lease)
-            metrics.RUNS_ACTIVE.labels(info.agent).dec()
-            metrics.RUNS_ENDED.labels(info.agent, status).inc()
-            if status != REFUSED:
-                metrics.RUN_SECONDS.labels(info.agent).observe(time.monotonic() - began_s)
-
-    def _lease_of(self, claim: Claim, execution: RunExecution) -> Lease:
-        loop = asyncio.get_running_loop()
-
-        def tell(callback: Callable[[], None]) -> None:
-            # The loop is closed where its process ends without waiting for the thread.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(callback)
-
-        return Lease(
-            user=self._keys.user(claim.envelope.user_id),
-            run_id=claim.run_id,
-            fence=claim.fence,
-            on_cancel=lambda flag: tell(lambda: execution.request_stop(read_cancel_flag(flag))),
-            on_lost=lambda refusal: tell(lambda: execution.refuse(refusal)),
-        )
+            self._metrics.runs_active.labels(agent).dec()
+            self._metrics.runs_ended.labels(agent, status).inc()
+            if status not in (REFUSED, RELEASED):
+                self._metrics.run_seconds.labels(agent).observe(time.monotonic() - began_s)
+        if status in (RETRYING, RELEASED):
+            delay_ms = 0 if execution.retry is None else execution.retry.delay_ms
+            await until_redis_answers(
+                lambda: self._registry.dispatch_again(claim, delay_ms), "retry", self._metrics
+            )
 
     async def _settle(self, entry: TaskEntry) -> None:
-        await until_redis_answers(lambda: self._streams.settle(entry), "settle")
+        await until_redis_answers(lambda: self._streams.settle(entry), "settle", self._metrics)
 
     async def _bury(self, entry: TaskEntry, reason: str) -> None:
-        metrics.TASKS_DEAD_LETTERED.inc()
+        self._metrics.tasks_dead_lettered.inc()
         _log.error(
             "task_dead_lettered",
             agent=entry.agent,
             entry_id=entry.entry_id.decode(),
             reason=reason,
         )
-        at_ms = time.time_ns() // 1_000_000
-        await until_redis_answers(lambda: self._streams.bury(entry, reason, at_ms), "dead_letter")
+        await until_redis_answers(
+            lambda: bury(
+                self._link,
+                self._keys,
+                entry.agent,
+                entry.raw,
+                reason,
+                entry_id=entry.entry_id,
+            ),
+            "dead_letter",
+            self._metrics,
+        )
         await self._settle(entry)
 
     # --- stopping ---
@@ -288,6 +320,12 @@ class Dispatcher:
         at_work = self._at_work.get(run_id)
         if at_work is not None:
             at_work.execution.request_stop(cause)
+
+    def answer(self, run_id: str, request_id: str, answer: Mapping[str, Any]) -> None:
+        """Pass on what became of an input request; ignored where the run is not here."""
+        at_work = self._at_work.get(run_id)
+        if at_work is not None:
+            at_work.execution.answer(request_id, answer)
 
     async def drain(self, timeout_s: float, cut: asyncio.Event) -> bool:
         """Let what is in hand finish; say whether it did before the time, or ``cut``, was up."""

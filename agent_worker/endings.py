@@ -22,6 +22,21 @@ class Ending:
         return self.event_type.value.removeprefix("agent_")
 
 
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Another attempt instead of an end.
+
+    Attributes:
+        reason: Why, in one word.
+        delay_ms: How long to wait before it.
+        message: A sentence for the user, where there is one that is safe.
+    """
+
+    reason: str
+    delay_ms: int
+    message: str | None = None
+
+
 def completed(result: Any, streamed_text: str, duration_ms: int) -> Ending:
     """End with what the agent returned; a plain ``return`` gives the streamed text."""
     value = streamed_text if result is None else result

@@ -1,31 +1,43 @@
-"""One attempt at a run, from ``agent_started`` to its terminal event."""
+"""One attempt at a run, from ``agent_started`` to its terminal event, or to the next attempt."""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import orjson
 import structlog
 
-from agent_worker import endings, metrics
+from agent_worker import endings
 from agent_worker.agent_call import AgentCall
+from agent_worker.conclusion import publish_ending, publish_retry
 from agent_worker.definition import AgentDefinition
-from agent_worker.endings import Ending
+from agent_worker.endings import Ending, Retry
+from agent_worker.errands import Errands
+from agent_worker.metrics import WorkerMetrics
 from agent_worker.outlet import Outlet
 from agent_worker.run import Run, RunInfo
+from agent_worker.stops import CancelAsked, StopCause, TimedOut, WorkerStops, read_cancel_flag
 from agent_worker.sync_run import call_in_thread
-from relay.errors import AgentError, EncodingFailed, InvalidEvent, PublishRefused, RunEnded
+from relay.amending import new_support_id
+from relay.errors import (
+    AgentError,
+    EncodingFailed,
+    InputNotAnswered,
+    InvalidEvent,
+    PublishRefused,
+    RunEnded,
+)
 from relay.events import EventType
+from relay.retry import retry_delay_ms
 
 if TYPE_CHECKING:
     from relay.publisher import RunStream
 
 REFUSED = "refused"
+RELEASED = "released"
+RETRYING = "retrying"
 UNFINISHED = "unfinished"
 
 CANCEL_CHECK_S = 0.25
@@ -34,50 +46,10 @@ CANCEL_CHECK_S = 0.25
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class CancelAsked:
-    """Somebody asked for the run to stop."""
-
-    by: str
-    reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TimedOut:
-    """The attempt took longer than its agent allows."""
-
-    timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStops:
-    """The worker goes away and the run did not end in the time that was left."""
-
-
-StopCause = CancelAsked | TimedOut | WorkerStops
-
-
-def read_cancel_flag(flag: bytes) -> CancelAsked:
-    """Read who asked for a run to stop, and why, from the flag that Redis keeps of it."""
-    try:
-        return cancel_asked(orjson.loads(flag))
-    except (orjson.JSONDecodeError, AttributeError):
-        # That somebody asked is certain, whatever became of the details.
-        return CancelAsked("user")
-
-
-def cancel_asked(fields: Mapping[str, Any]) -> CancelAsked:
-    """Read who asked for a run to stop, and why, from a signal or a flag."""
-    by, reason = fields.get("by"), fields.get("reason")
-    return CancelAsked(
-        by if isinstance(by, str) and by else "user", reason if isinstance(reason, str) else None
-    )
-
-
 class RunExecution:
     """Runs an agent for one claimed run and publishes how it ended.
 
-    ``request_stop``, ``refuse`` and ``hurry`` may be called at any time, also before
+    ``request_stop``, ``refuse``, ``answer`` and ``hurry`` may be called at any time, also before
     ``carry_out``; they never wait. The first cause of a stop wins.
     """
 
@@ -86,11 +58,15 @@ class RunExecution:
         definition: AgentDefinition,
         *,
         cancel_grace_s: float,
+        metrics: WorkerMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._definition = definition
         self._cancel_grace_s = cancel_grace_s
+        self._metrics = metrics
         self._clock = clock
+        self._run: Run | None = None
+        self.retry: Retry | None = None
         self._began_s = clock()
         self._cause: StopCause | None = None
         self._refusal: PublishRefused | None = None
@@ -109,34 +85,44 @@ class RunExecution:
             self._refusal = refusal
             self._stop.set()
 
+    def answer(self, request_id: str, answer: Mapping[str, Any]) -> None:
+        """Pass on what became of one of the agent's questions."""
+        if self._run is not None:
+            self._run.receive_answer(request_id, answer)
+
     def hurry(self) -> None:
         """Cut short what is left of the grace time for a stopping agent."""
         self._hurry.set()
 
-    async def carry_out(self, info: RunInfo, stream: RunStream) -> str:
+    async def carry_out(self, info: RunInfo, stream: RunStream, errands: Errands) -> str:
         """Run the agent and publish the end.
 
         Returns:
-            ``completed``, ``error``, ``cancelled``, or ``refused`` where the run was ended or
-            taken over elsewhere.
+            ``completed``, ``error``, ``cancelled``; ``retrying`` where another attempt is to follow
+            as ``retry`` says; ``released`` where the agent never began and the run was given back;
+            ``refused`` where the run was ended or taken over elsewhere.
         """
         log = _log.bind(
             run_id=info.run_id, agent=info.agent, user_id=info.user_id, attempt=info.attempt
         )
         self._began_s = self._clock()
         outlet = Outlet(stream, clock=self._clock)
-        run = Run(info, outlet)
+        run = self._run = Run(info, outlet, errands)
         try:
+            if isinstance(self._cause, WorkerStops) and await errands.release():
+                log.info("run_released")
+                return RELEASED
             ending = await self._reach_ending(run, outlet, stream, log)
             if ending is None:
                 return self._report_refused(log)
-            return await self._publish_ending(ending, stream, log)
+            return await self._conclude(ending, stream, log)
         except PublishRefused as refusal:
             self.refuse(refusal)
             return self._report_refused(log)
         finally:
             outlet.close("the run has ended")
             stream.close()
+            await run.stop_children()
 
     async def _reach_ending(
         self,
@@ -144,10 +130,10 @@ class RunExecution:
         outlet: Outlet,
         stream: RunStream,
         log: structlog.typing.FilteringBoundLogger,
-    ) -> Ending | None:
+    ) -> Ending | Retry | None:
         if self._stop.is_set():
             # Cancelled between the request and this worker's claim: the agent never begins.
-            return self._stopped_ending()
+            return self._stopped_ending(run.attempt, has_begun=False)
         await stream.publish(EventType.AGENT_STARTED, {})
         log.info("run_started")
         call = AgentCall(self._begin(run), name=f"agent-{run.run_id}")
@@ -159,13 +145,18 @@ class RunExecution:
             call.task.cancel()
             raise
         if self._refusal is not None or self._cause is not None:
-            return self._stopped_ending()
-        return self._ending_of(call.task, stream, log)
+            return self._stopped_ending(run.attempt, has_begun=True)
+        return self._ending_of(call.task, run.attempt, stream, log)
 
-    def _stopped_ending(self) -> Ending | None:
+    def _stopped_ending(self, attempt: int, *, has_begun: bool) -> Ending | Retry | None:
         if self._refusal is not None or self._cause is None:
             return None
+        if isinstance(self._cause, WorkerStops) and has_begun and self._may_retry(attempt):
+            return Retry("worker_stopping", 0)
         return self._ending_for(self._cause)
+
+    def _may_retry(self, attempt: int) -> bool:
+        return attempt < self._definition.max_attempts
 
     async def _wait_for(self, call: AgentCall, stream: RunStream) -> bool:
         """Wait for the agent's end, a stop, or the time limit; say whether the agent ended."""
@@ -200,13 +191,13 @@ class RunExecution:
     async def _halt(
         self, call: AgentCall, outlet: Outlet, log: structlog.typing.FilteringBoundLogger
     ) -> None:
-        log.info("run_stopping", cause=_describe(self._refusal or self._cause))
+        log.info("run_stopping", cause=str(self._refusal or self._cause))
         if self._refusal is not None:
             outlet.close(f"the run was taken from this attempt: {self._refusal}")
         if not await call.stop(self._cancel_grace_s, self._hurry):
             outlet.close("the run has ended: the agent did not stop in time after a cancellation")
             call.abandon()
-            metrics.AGENTS_ABANDONED.labels(self._definition.name).inc()
+            self._metrics.agents_abandoned.labels(self._definition.name).inc()
             log.warning(
                 "agent_abandoned",
                 grace_ms=round(self._cancel_grace_s * 1000),
@@ -232,41 +223,57 @@ class RunExecution:
     def _ending_of(
         self,
         task: asyncio.Task[Any],
+        attempt: int,
         stream: RunStream,
         log: structlog.typing.FilteringBoundLogger,
-    ) -> Ending:
+    ) -> Ending | Retry:
+        error: BaseException | None
         if task.cancelled():
-            support_id = new_support_id()
-            log.error(
-                "agent_failed",
-                support_id=support_id,
-                reason="The agent raised CancelledError, but nobody had cancelled its run.",
-            )
-            return endings.failed_unexpectedly(support_id)
-        error = task.exception()
+            error = UnaskedCancellation("the agent raised CancelledError, but nobody had asked")
+        else:
+            error = task.exception()
         if error is None:
             return endings.completed(task.result(), stream.text, self._duration_ms())
         support_id = new_support_id()
+        is_foreseen = isinstance(error, AgentError)
+        if self._may_retry(attempt) and _is_worth_retrying(error):
+            if stream.cancel_requested is not None:
+                flag = read_cancel_flag(stream.cancel_requested)
+                return endings.cancelled(flag.by, flag.reason, self._duration_ms())
+            retry = _retry_after(error, attempt)
+            log.warning(
+                "attempt_failed",
+                support_id=support_id,
+                delay_ms=retry.delay_ms,
+                reason=str(error) if is_foreseen else None,
+                exc_info=None if is_foreseen else error,
+            )
+            return retry
         if isinstance(error, AgentError):
             log.info("agent_error", code=error.code, support_id=support_id)
             return endings.failed(error, support_id)
         log.error("agent_failed", support_id=support_id, exc_info=error)
         return endings.failed_unexpectedly(support_id)
 
-    async def _publish_ending(
-        self, ending: Ending, stream: RunStream, log: structlog.typing.FilteringBoundLogger
+    async def _conclude(
+        self,
+        ending: Ending | Retry,
+        stream: RunStream,
+        log: structlog.typing.FilteringBoundLogger,
     ) -> str:
-        try:
-            await stream.finish(ending.event_type, ending.data)
-        except (EncodingFailed, InvalidEvent, AgentError) as error:
-            support_id = new_support_id()
-            log.error("agent_result_not_publishable", support_id=support_id, reason=str(error))
-            # An AgentError is the publisher's own: the result is too large.
-            if isinstance(error, AgentError):
-                ending = endings.failed(error, support_id)
-            else:
+        if isinstance(ending, Retry):
+            try:
+                await publish_retry(stream, ending)
+            except (EncodingFailed, InvalidEvent) as error:
+                # What the agent said about its failure cannot be published.
+                support_id = new_support_id()
+                log.error("retry_not_publishable", support_id=support_id, reason=str(error))
                 ending = endings.failed_unexpectedly(support_id)
-            await stream.finish(ending.event_type, ending.data)
+            else:
+                self.retry = ending
+                log.info("run_retrying", reason=ending.reason, delay_ms=ending.delay_ms)
+                return RETRYING
+        ending = await publish_ending(stream, ending, log)
         log.info("run_ended", status=ending.status, duration_ms=self._duration_ms())
         return ending.status
 
@@ -281,18 +288,22 @@ class RunExecution:
         return max(0, round((self._clock() - self._began_s) * 1000))
 
 
-def new_support_id() -> str:
-    """Give an id that ties what the user sees to one log line."""
-    return f"sup_{secrets.token_hex(6)}"
+class UnaskedCancellation(Exception):
+    """The agent raised ``CancelledError`` although nobody had cancelled its run."""
 
 
-def _describe(cause: StopCause | PublishRefused | None) -> str:
-    match cause:
-        case CancelAsked(by, _):
-            return f"cancelled by {by}"
-        case TimedOut(timeout_s):
-            return f"longer than {timeout_s:g} s"
-        case WorkerStops():
-            return "the worker stops"
-        case _:
-            return str(cause)
+def _is_worth_retrying(error: BaseException) -> bool:
+    """Whether another attempt may go better: not where the agent, or the user, said no."""
+    if isinstance(error, InputNotAnswered):
+        return False
+    return not isinstance(error, AgentError) or error.is_recoverable
+
+
+def _retry_after(error: BaseException, attempt: int) -> Retry:
+    delay_ms = retry_delay_ms(attempt)
+    if not isinstance(error, AgentError):
+        return Retry("agent_failed", delay_ms)
+    asked_ms = error.retry_after_ms
+    if isinstance(asked_ms, int):
+        delay_ms = max(delay_ms, asked_ms)
+    return Retry(error.code, delay_ms, error.error_message)

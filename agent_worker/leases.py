@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,15 @@ import redis
 import structlog
 from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    NoScriptError,
+    RedisError,
+)
 from redis.retry import Retry
 
-from agent_worker import metrics
+from agent_worker.metrics import WorkerMetrics
 from relay.errors import PublishRefused, RunEnded, StaleFence
 from relay.keys import NODE_TTL_MS, UserKeys
 from relay.scripts import LogLimits, load_scripts
@@ -28,6 +34,8 @@ from relay.scripts import LogLimits, load_scripts
 ANSWER_TIMEOUT_S = 1.0
 LONGEST_INTERVAL_S = 1.0
 STOP_TIMEOUT_S = 3.0
+
+REFUSALS = (AuthenticationError, NoPermissionError)
 
 _log = structlog.get_logger(__name__)
 
@@ -41,6 +49,8 @@ class Lease:
         run_id: The run.
         fence: Proves that the claim is this worker's.
         on_cancel: Called in the thread, with the flag's bytes, when the run is to stop.
+        on_answers: Called in the thread, with their bytes, while input requests of this attempt
+            have been answered: the signal that said so may have been lost.
         on_lost: Called in the thread when the run is no longer this worker's.
     """
 
@@ -48,6 +58,7 @@ class Lease:
     run_id: str
     fence: str
     on_cancel: Callable[[bytes], None]
+    on_answers: Callable[[bytes], None]
     on_lost: Callable[[PublishRefused], None]
 
 
@@ -60,6 +71,7 @@ class LeaseKeeper:
         value: What the key says about the worker.
         lease_ms: How long a lease holds without being renewed.
         limits: What the scripts keep of each user's history.
+        metrics: Where failures are counted.
         on_absent: Called, in the thread, when a renewal found the key gone: Redis was emptied,
             restarted without its data, or away for longer than the key lives.
     """
@@ -72,6 +84,7 @@ class LeaseKeeper:
         *,
         lease_ms: int,
         limits: LogLimits,
+        metrics: WorkerMetrics,
         on_absent: Callable[[], None],
     ) -> None:
         self._redis_url = redis_url
@@ -79,6 +92,7 @@ class LeaseKeeper:
         self._value = value
         self._lease_ms = lease_ms
         self._bounds = (limits.max_events, limits.max_age_ms, limits.max_bytes)
+        self._metrics = metrics
         self._on_absent = on_absent
         self._script = load_scripts()["renew"]
         # Three chances within a lease, also where one of them waits for an answer in vain.
@@ -88,8 +102,29 @@ class LeaseKeeper:
         self._instance = ""
         self._is_first = True
         self._is_away = False
+        # Written by the thread, read by whoever wants to know how it is: one assignment each.
+        self._contact_s = time.monotonic()
+        self._last_error: str | None = None
+        self._is_refused = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew_until_stopped, name=key, daemon=True)
+
+    @property
+    def silence_s(self) -> float:
+        """How long Redis has not answered; 0 while it answers as it should."""
+        silence_s = time.monotonic() - self._contact_s
+        is_late = silence_s > self._interval_s + 2 * ANSWER_TIMEOUT_S
+        return silence_s if self._is_away or is_late else 0.0
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether Redis answers, but lets us do nothing: a wrong password, or missing rights."""
+        return self._is_refused
+
+    @property
+    def last_error(self) -> str | None:
+        """Why the last renewal that failed did so; None if none has."""
+        return self._last_error
 
     def start(self) -> None:
         """Write the key for the first time and keep it from then on."""
@@ -126,7 +161,9 @@ class LeaseKeeper:
                 try:
                     self._renew(client)
                 except RedisError as error:
-                    metrics.REDIS_FAILURES.labels("leases").inc()
+                    self._metrics.redis_failures.labels("leases").inc()
+                    self._last_error = str(error)
+                    self._is_refused = isinstance(error, REFUSALS)
                     if not self._is_away:
                         _log.warning("leases_not_renewed", reason=str(error))
                     self._is_away = True
@@ -148,7 +185,8 @@ class LeaseKeeper:
             _log.info("leases_renewed_again")
         if before is None and not self._is_first:
             self._on_absent()
-        self._is_first = self._is_away = False
+        self._is_first = self._is_away = self._is_refused = False
+        self._contact_s = time.monotonic()
         with self._lock:
             leases = list(self._leases)
         if leases:
@@ -182,9 +220,11 @@ class LeaseKeeper:
             _log.error("lease_not_renewed", run_id=lease.run_id, reason=str(answer))
             return
         match answer:
-            case [b"ok", cancel, *_]:
+            case [b"ok", cancel, answers]:
                 if cancel:
                     lease.on_cancel(cancel)
+                if answers not in (b"", b"{}"):
+                    lease.on_answers(answers)
             case [b"ended", status]:
                 self._lose(lease, RunEnded(lease.run_id, status.decode()))
             case [b"stale"]:

@@ -71,6 +71,29 @@ class Outlet:
         self._require_open(EventType.TOOL_PROGRESS)
         await self._stream.progress(tool_call_id, percentage, note)
 
+    async def flush(self) -> None:
+        """Wait until Redis has acknowledged everything.
+
+        Raises:
+            PublishRefused: The run was ended or taken over elsewhere.
+        """
+        await self._stream.flush()
+
+    def input_closed(self, request_id: str) -> None:
+        """Take note that an input request was resolved in Redis."""
+        self._stream.input_closed(request_id)
+
+    async def withdraw_input(self, request_id: str) -> None:
+        """Close an input request that is still open: nobody waits for its answer any more.
+
+        Raises:
+            GrammarViolation: The run was closed.
+            PublishRefused: The run was ended or taken over elsewhere.
+        """
+        if request_id in self._stream.grammar.open_inputs:
+            withdrawn = {"request_id": request_id, "outcome": "cancelled", "by": "system"}
+            await self.publish(EventType.INPUT_RESOLVED, withdrawn)
+
     def close(self, reason: str) -> None:
         """Let everything that is published from now on raise in the agent; the first reason counts.
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import structlog
 
-from agent_worker import metrics
+from agent_worker.metrics import WorkerMetrics
 from relay.errors import RedisMisconfigured, RedisUnavailable
 
 T = TypeVar("T")
@@ -32,7 +32,9 @@ def delays() -> Iterator[float]:
         ceiling_s = min(LAST_DELAY_S, ceiling_s * 2)
 
 
-async def until_redis_answers(operation: Callable[[], Awaitable[T]], part: str) -> T:
+async def until_redis_answers(
+    operation: Callable[[], Awaitable[T]], part: str, metrics: WorkerMetrics | None = None
+) -> T:
     """Carry out an operation that may be repeated, as often as it takes.
 
     Cancelling is the way to stop it.
@@ -40,6 +42,7 @@ async def until_redis_answers(operation: Callable[[], Awaitable[T]], part: str) 
     Args:
         operation: Has the same effect once or several times.
         part: What is being done, for logs and metrics.
+        metrics: Where failures are counted, if anywhere.
     """
     waits = delays()
     is_away = False
@@ -47,7 +50,8 @@ async def until_redis_answers(operation: Callable[[], Awaitable[T]], part: str) 
         try:
             result = await operation()
         except REDIS_AWAY as error:
-            metrics.REDIS_FAILURES.labels(part).inc()
+            if metrics is not None:
+                metrics.redis_failures.labels(part).inc()
             if not is_away:
                 _log.warning("redis_away", part=part, reason=str(error))
             is_away = True

@@ -6,12 +6,17 @@ point; nothing of such a call reaches the user.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from agent_worker.children import Children
+from agent_worker.errands import Errands
 from agent_worker.outlet import Outlet
+from agent_worker.questions import DEFAULT_TIMEOUT_S, Questions, choice_schema
+from agent_worker.step import Step
 from agent_worker.tool import Tool, innermost_tool
-from relay.errors import GrammarViolation
+from relay.errors import GrammarViolation, InputNotAnswered, InvalidEvent
 from relay.events import EventType
 
 
@@ -50,9 +55,12 @@ class Run:
     arrives as ``asyncio.CancelledError`` at any await.
     """
 
-    def __init__(self, info: RunInfo, outlet: Outlet) -> None:
+    def __init__(self, info: RunInfo, outlet: Outlet, errands: Errands) -> None:
         self._info = info
         self._outlet = outlet
+        self._questions = Questions(outlet, errands)
+        self._children = Children(info.user_id, info.run_id, info.attempt, errands)
+        self._steps = 0
 
     @property
     def run_id(self) -> str:
@@ -160,6 +168,88 @@ class Run:
             )
         await tool.progress(percentage, note)
 
+    def step(self, name: str, total_steps: int | None = None) -> Step:
+        """Name what the ``async with`` block does, as one of several steps.
+
+        Entering the block publishes a thought with the step's number; the steps of a run count
+        from 1. What is published within belongs to it.
+
+        Args:
+            name: What the step is called, for people.
+            total_steps: How many there will be, where that is known.
+        """
+        self._steps += 1
+        return Step(self, name, self._steps, total_steps)
+
+    async def ask(
+        self,
+        prompt: str,
+        kind: Literal["text", "choice"] = "text",
+        *,
+        schema: Mapping[str, Any] | None = None,
+        choices: Sequence[Any] | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Any:
+        """Ask the user, and wait for the answer: the first one, from whichever device.
+
+        Args:
+            prompt: The question.
+            kind: ``text``, or ``choice`` among ``choices``.
+            schema: JSON schema that the answer must fit; it is checked before it reaches you.
+            choices: The values to choose from; gives the schema for ``choice``.
+            timeout_s: How long the question stays open, at most a week.
+
+        Returns:
+            The answer's value: a text, one of the choices, or what the schema allows.
+
+        Raises:
+            InputDenied: The user refused to answer.
+            InputExpired: No answer came in time.
+            InvalidEvent: A part of the question is not allowed; it reached nobody.
+        """
+        if kind not in ("text", "choice"):
+            raise InvalidEvent(f"input_requested: kind={kind!r}: ask for text or choice")
+        if (choices is not None) and (kind != "choice" or schema is not None):
+            raise InvalidEvent("input_requested: choices belong to kind=choice, without a schema")
+        if kind == "choice" and schema is None:
+            schema = choice_schema(choices or ())
+        return await self._questions.ask(kind, prompt, schema, timeout_s)
+
+    async def approve(self, prompt: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> bool:
+        """Ask the user for permission, and wait for it.
+
+        Returns:
+            True only if the user approved: False for a no, a refusal to answer, and no answer
+            in time. The user sees which of them it was.
+
+        Raises:
+            InvalidEvent: ``timeout_s`` is not allowed.
+        """
+        try:
+            return await self._questions.ask("approval", prompt, None, timeout_s) is True
+        except InputNotAnswered:
+            return False
+
+    async def call_agent(
+        self, agent: str, content: str, metadata: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Have another agent do a part of the work, as a run below this one; give its result.
+
+        The user sees it as a run of its own. Whatever stops this run stops it as well. It counts
+        towards the user's active runs.
+
+        Args:
+            agent: The other agent's name, on whichever worker.
+            content: What to ask of it.
+            metadata: What to send along.
+
+        Raises:
+            AgentError: It ended with this error, or was stopped; ``rate_limited`` if the user has
+                too many active runs.
+            RequestRefused: ``unknown_agent``.
+        """
+        return await self._children.call(agent, content, metadata)
+
     async def custom(self, name: str, value: Any) -> None:
         """Publish an event whose meaning you agreed on with the client's author.
 
@@ -167,3 +257,11 @@ class Run:
             EncodingFailed: ``value`` has no JSON form; the error names the place.
         """
         await self._outlet.publish(EventType.CUSTOM, {"name": name, "value": value})
+
+    def receive_answer(self, request_id: str, answer: Mapping[str, Any]) -> None:
+        """Take what became of a question. The worker calls this."""
+        self._questions.receive(request_id, answer)
+
+    async def stop_children(self) -> None:
+        """Stop the runs below this one that are still at work. The worker calls this."""
+        await self._children.stop_all()

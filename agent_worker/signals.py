@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import orjson
 import structlog
 
-from agent_worker.execution import CancelAsked, cancel_asked
+from agent_worker.stops import CancelAsked, cancel_asked
 from relay.errors import RedisUnavailable
 from relay.scripts import RedisLink
 from relay.subscriber import Subscriber
@@ -23,6 +24,8 @@ class SignalListener:
         link: Which Redis.
         channel: The worker's channel.
         on_cancel: Called with a run id when somebody asks for that run to stop.
+        on_answer: Called with a run id, a request id and the answer when one of the run's input
+            requests was resolved.
     """
 
     def __init__(
@@ -30,10 +33,12 @@ class SignalListener:
         link: RedisLink,
         channel: str,
         on_cancel: Callable[[str, CancelAsked], None],
+        on_answer: Callable[[str, str, Mapping[str, Any]], None],
     ) -> None:
         self._link = link
         self._channel = channel
         self._on_cancel = on_cancel
+        self._on_answer = on_answer
         self._has_begun = asyncio.Event()
         self._subscriber = Subscriber(
             link,
@@ -41,6 +46,11 @@ class SignalListener:
             on_lost=self._lose,
             on_confirmed=self._confirm,
         )
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether signals arrive at the moment."""
+        return self._subscriber.is_connected
 
     async def start(self) -> None:
         """Listen; return when Redis has confirmed that nothing is missed from here on.
@@ -72,12 +82,14 @@ class SignalListener:
             return
         if kind == "cancel" and isinstance(run_id, str):
             self._on_cancel(run_id, cancel_asked(fields))
+        elif kind == "input" and isinstance(fields.get("answer"), dict):
+            self._on_answer(run_id, str(fields.get("request_id")), fields["answer"])
         else:
             # A newer gateway may know signals that this worker does not.
             _log.info("signal_ignored", kind=str(kind)[:64])
 
     def _lose(self) -> None:
-        # The next renewal of the leases brings the flags of what was signalled meanwhile.
+        # The next renewal of the leases brings what was signalled meanwhile: flags and answers.
         _log.warning("signals_lost")
 
     def _confirm(self, _channel: str) -> None:

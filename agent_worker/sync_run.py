@@ -10,11 +10,13 @@ import asyncio
 import concurrent.futures
 import contextvars
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
+from agent_worker.questions import DEFAULT_TIMEOUT_S
 from agent_worker.run import Request, Run
+from agent_worker.step import Step
 from agent_worker.tool import Tool
 
 T = TypeVar("T")
@@ -112,6 +114,34 @@ class SyncRun:
         """See ``Run.custom``."""
         self.carry_out(self._run.custom(name, value))
 
+    def step(self, name: str, total_steps: int | None = None) -> SyncStep:
+        """See ``Run.step``; a plain ``with`` block."""
+        return SyncStep(self, self._run.step(name, total_steps))
+
+    def ask(
+        self,
+        prompt: str,
+        kind: Literal["text", "choice"] = "text",
+        *,
+        schema: Mapping[str, Any] | None = None,
+        choices: Sequence[Any] | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Any:
+        """See ``Run.ask``."""
+        return self.carry_out(
+            self._run.ask(prompt, kind, schema=schema, choices=choices, timeout_s=timeout_s)
+        )
+
+    def approve(self, prompt: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> bool:
+        """See ``Run.approve``."""
+        return self.carry_out(self._run.approve(prompt, timeout_s))
+
+    def call_agent(
+        self, agent: str, content: str, metadata: Mapping[str, Any] | None = None
+    ) -> Any:
+        """See ``Run.call_agent``."""
+        return self.carry_out(self._run.call_agent(agent, content, metadata))
+
     def carry_out(self, call: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the worker's event loop and wait for it.
 
@@ -188,6 +218,31 @@ class SyncTool:
         # After a cancellation no call is carried out any more; what ends the run closes the tool.
         if not (self._run.is_cancelled and error is not None):
             self._run.carry_out(self._tool.end(error))
+
+
+class SyncStep:
+    """A named step of a run: a plain context manager. See ``Run.step``."""
+
+    def __init__(self, run: SyncRun, step: Step) -> None:
+        self._run = run
+        self._step = step
+
+    @property
+    def number(self) -> int:
+        """Its number in the run, from 1."""
+        return self._step.number
+
+    def __enter__(self) -> Self:
+        self._run.carry_out(self._step.begin())
+        return self
+
+    def __exit__(
+        self,
+        _exc_type: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        """End the block."""
 
 
 async def call_in_thread(function: Callable[[SyncRun], T], run: Run) -> T:

@@ -1,4 +1,4 @@
-"""The task streams of a worker's agents: taking, settling, burying.
+"""The task streams of a worker's agents: taking and settling.
 
 A task is a hint that a run waits; the run's own hash is the truth. So a task that is read twice
 does no harm, and one that is lost is found again by whoever checks the hashes. What must not
@@ -188,23 +188,6 @@ class TaskStreams:
                 pipe.xack(key, GROUP, entry.entry_id)
                 pipe.xdel(key, entry.entry_id)
                 await pipe.execute()
-
-    async def bury(self, entry: TaskEntry, reason: str, at_ms: int) -> None:
-        """Copy a task that cannot be carried out to the dead letters, as it is.
-
-        The caller settles it after that: at worst it is found twice, never lost.
-        """
-        with mapped_errors(self._url):
-            await self._shared.xadd(
-                self._keys.dead_letters,
-                {
-                    "reason": reason,
-                    "agent": entry.agent,
-                    "entry_id": entry.entry_id,
-                    "task": entry.raw,
-                    "at_ms": at_ms,
-                },
-            )
 
     async def wake(self) -> None:
         """End a blocking read now; it gives what it has, so that nothing is lost on the way."""

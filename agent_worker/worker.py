@@ -26,6 +26,7 @@ from agent_worker.definition import (
 )
 from agent_worker.dispatcher import Dispatcher, DispatcherLimits
 from agent_worker.leases import LeaseKeeper
+from agent_worker.metrics import WorkerMetrics
 from agent_worker.patience import REDIS_AWAY, until_redis_answers
 from agent_worker.signals import SignalListener
 from agent_worker.task_streams import BLOCK_MS, TaskStreams
@@ -34,6 +35,7 @@ from relay.errors import ConfigurationError
 from relay.keys import Keys
 from relay.publisher import Publisher
 from relay.reaper import Reaper
+from relay.run_model import RunLimits
 from relay.runs import RunRegistry
 from relay.scripts import LogLimits, RedisLink, ScriptFailed
 
@@ -100,8 +102,9 @@ class Worker:
             name: 1 to 64 of the characters a-z 0-9 _ -; unique in this worker. All workers
                 with an agent of this name share its runs.
             description: One sentence for the people who choose between agents.
-            max_attempts: How often a run may be tried when its worker is lost. An agent that
-                spends money should leave it at 1.
+            max_attempts: How often a run may be tried: when its worker is lost or stops, and when
+                the agent fails with an exception or a recoverable error. An agent that spends
+                money should leave it at 1.
             stall_after_s: Silence after which the user is told that the run has stalled.
             timeout_s: Longest time of one attempt; then it ends with ``timeout``.
 
@@ -129,7 +132,8 @@ class Worker:
         """Run until SIGTERM or SIGINT; then finish what is at work, and return.
 
         After the first signal no task is taken, and runs have ``settings.worker_grace_s`` to
-        finish; what remains ends with ``worker_lost``. A second signal ends it at once.
+        finish; what remains is handed to other workers where it may be tried again, and ends with
+        ``worker_lost`` otherwise. A second signal ends it at once.
         Call it in the main thread: it installs the signal handlers.
 
         Raises:
@@ -153,8 +157,8 @@ class Worker:
         """Run within this process, for tests and embedding; installs no signal handlers.
 
         The body begins when the worker takes tasks. Leaving it ends the worker at once: what
-        is still at work is cancelled and ends with ``worker_lost``. Call ``drain`` before to
-        let it finish.
+        is still at work is cancelled and handed back, or ends with ``worker_lost``. Call ``drain``
+        before to let it finish.
 
         Raises:
             ConfigurationError: No agent is declared.
@@ -177,6 +181,7 @@ class RunningWorker:
 
     Attributes:
         worker_id: Names this process among all workers.
+        metrics: What it counts.
     """
 
     def __init__(
@@ -187,12 +192,19 @@ class RunningWorker:
         hurry: asyncio.Event,
     ) -> None:
         self.worker_id = f"{name}-{secrets.token_hex(6)}"
+        self.metrics = WorkerMetrics()
         self._settings = settings
         self._hurry = hurry
         self._stack = AsyncExitStack()
         keys = Keys(settings.key_prefix)
         limits = LogLimits(
             settings.log_max_events, settings.log_max_age_s * 1000, settings.log_max_bytes
+        )
+        run_limits = RunLimits(
+            max_active=settings.max_active_runs_per_user,
+            max_queued=settings.max_queued_runs_per_user,
+            dispatch_check_ms=settings.lease_ms,
+            cancel_grace_ms=settings.cancel_grace_ms,
         )
         self._link = RedisLink(settings.redis_url, limits=limits)
         self._publisher = Publisher(self._link, keys, merge_ms=settings.delta_merge_ms)
@@ -212,14 +224,16 @@ class RunningWorker:
             ),
             lease_ms=settings.lease_ms,
             limits=limits,
+            metrics=self.metrics,
             on_absent=self._key_was_absent,
         )
         self._dispatcher = Dispatcher(
             self.worker_id,
+            self._link,
             keys,
             dict(definitions),
             self._streams,
-            RunRegistry(self._link, keys),
+            RunRegistry(self._link, keys, run_limits),
             self._publisher,
             self._leases,
             DispatcherLimits(
@@ -227,6 +241,7 @@ class RunningWorker:
                 settings.lease_ms,
                 settings.cancel_grace_ms / 1000 * WORKERS_SHARE_OF_GRACE,
             ),
+            self.metrics,
         )
         self._reaper = Reaper(
             self._link,
@@ -235,7 +250,10 @@ class RunningWorker:
             cancel_grace_ms=settings.cancel_grace_ms,
         )
         self._signals = SignalListener(
-            self._link, keys.worker(self.worker_id), self._dispatcher.cancel
+            self._link,
+            keys.worker(self.worker_id),
+            self._dispatcher.cancel,
+            self._dispatcher.answer,
         )
         self._loop = asyncio.get_running_loop()
         self._taking: asyncio.Task[None] | None = None
@@ -340,7 +358,9 @@ class RunningWorker:
             return
 
     def _restore(self, operation: Callable[[], Awaitable[None]]) -> None:
-        task = asyncio.create_task(until_redis_answers(operation, "restore"), name="restore")
+        task = asyncio.create_task(
+            until_redis_answers(operation, "restore", self.metrics), name="restore"
+        )
         self._restoring.add(task)
         task.add_done_callback(self._restored)
 

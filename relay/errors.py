@@ -280,6 +280,42 @@ class AgentError(RelayError):
         return f"{self.code}: {self.error_message}"
 
 
+class InputNotAnswered(AgentError):
+    """The user gave no answer to what the agent asked. It ends the run where nobody catches it.
+
+    Attributes:
+        request_id: The question.
+    """
+
+    def __init__(self, code: str, error_message: str, suggestion: str, request_id: str) -> None:
+        self.request_id = request_id
+        super().__init__(code, error_message, recovery_suggestions=[suggestion])
+
+
+class InputDenied(InputNotAnswered):
+    """The user refused to answer."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            "agent_failed",
+            "You declined to answer, so the agent stopped.",
+            "Send the request again and answer the question.",
+            request_id,
+        )
+
+
+class InputExpired(InputNotAnswered):
+    """The user did not answer in time."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            "timeout",
+            "The agent's question was not answered in time.",
+            "Send the request again and answer the question.",
+            request_id,
+        )
+
+
 class ConfigurationError(RelayError):
     """Settings are missing or wrong. The text names the variable, the value and what is allowed."""
 

@@ -188,6 +188,9 @@ def decide(run: RunTruth | None, *, lease_ms: int, cancel_grace_ms: int) -> Deci
         return Forget()
     if run.status in _AT_WORK:
         return _decide_at_work(run, cancel_grace_ms)
+    if run.cancel is not None:
+        # It was asked to stop while a worker had it, which then gave it back.
+        return FinishCancel()
     if not run.is_first_of_lane:
         # Its turn comes with the end of the run before it; whoever ends that one dispatches it.
         # Looking now and then finds it if that process died in between.

@@ -91,6 +91,14 @@ class RunStream:
         self._pieces: list[str] = []
         self._tools_since: dict[str, float] = {}
         self._waiters: list[asyncio.Future[None]] = []
+        self._waiting_since_s: float | None = None
+
+    @property
+    def waiting_s(self) -> float:
+        """How long events have waited without any acknowledgement; 0 while nothing waits."""
+        if self._waiting_since_s is None:
+            return 0.0
+        return time.monotonic() - self._waiting_since_s
 
     @property
     def text(self) -> str:
@@ -113,7 +121,11 @@ class RunStream:
         self._add(event_type, data)
 
     def _add(self, event_type: EventType, data: Mapping[str, Any]) -> None:
-        valid = redact(validate_data(event_type, dict(data)), self._publisher.secret_names)
+        given = validate_data(event_type, dict(data))
+        valid = redact(given, self._publisher.secret_names)
+        if event_type is EventType.INPUT_REQUESTED and "schema" in given:
+            # Its keys are names of fields, not secrets; redacted, no answer could fit it.
+            valid = {**valid, "schema": given["schema"]}
         now_ms = _now_ms()
         event = self.claim.envelope.encode(event_type, now_ms, valid)
         if len(event) > MAX_EVENT_BYTES:
@@ -122,6 +134,11 @@ class RunStream:
         if event_type is EventType.TOOL_EXECUTING:
             self._tools_since[valid["tool_call_id"]] = time.monotonic()
         self.batches.add_event(columns_of(event_type, now_ms, valid, event))
+        self._added()
+
+    def _added(self) -> None:
+        if self._waiting_since_s is None:
+            self._waiting_since_s = time.monotonic()
         self._publisher.wake()
 
     async def delta(self, text: str) -> None:
@@ -140,7 +157,7 @@ class RunStream:
         self.grammar.apply(EventType.TEXT_DELTA, {})
         self._pieces.append(text)
         self.batches.add_text(text, _now_ms())
-        self._publisher.wake()
+        self._added()
 
     async def progress(
         self, tool_call_id: str, percentage: float | None = None, note: str | None = None
@@ -157,7 +174,7 @@ class RunStream:
         self.grammar.apply(EventType.TOOL_PROGRESS, valid)
         event = self.claim.envelope.encode(EventType.TOOL_PROGRESS, _now_ms(), valid)
         self.batches.add_progress(tool_call_id, event)
-        self._publisher.wake()
+        self._added()
 
     async def finish(self, event_type: EventType, data: Mapping[str, Any]) -> None:
         """Publish the terminal event and wait until Redis has it.
@@ -168,15 +185,37 @@ class RunStream:
             InvalidEvent, EncodingFailed: The terminal event reached nobody; the run goes on.
             RunEnded, StaleFence: Somebody else ended the run or took it over.
         """
+        await self._conclude(event_type, data, "The run ended before the tool did.")
+
+    async def retry(self, data: Mapping[str, Any]) -> None:
+        """End this attempt with ``agent_retrying`` and wait until Redis has it.
+
+        Tools and input requests that are still open are closed first.
+
+        Raises:
+            InvalidEvent, EncodingFailed, GrammarViolation: The event reached nobody.
+            RunEnded, StaleFence: Somebody else ended the run or took it over.
+        """
+        reason = "The attempt ended before the tool did."
+        await self._conclude(EventType.AGENT_RETRYING, data, reason)
+
+    def input_closed(self, request_id: str) -> None:
+        """Take note that an input request was resolved in Redis, by its user or by its expiry."""
+        if request_id in self.grammar.open_inputs:
+            self.grammar.apply(EventType.INPUT_RESOLVED, {"request_id": request_id})
+
+    async def _conclude(
+        self, event_type: EventType, data: Mapping[str, Any], tool_error: str
+    ) -> None:
         if self.refused is not None:
             raise self.refused
         # Encode once before anything is closed: what cannot be encoded must change nothing.
         self.claim.envelope.encode(event_type, 0, validate_data(event_type, dict(data)))
-        self._close_open(event_type)
+        self._close_open(event_type, tool_error)
         self._add(event_type, data)
         await self.flush()
 
-    def _close_open(self, event_type: EventType) -> None:
+    def _close_open(self, event_type: EventType, tool_error: str) -> None:
         is_cancelled = event_type is EventType.AGENT_CANCELLED
         for tool_call_id, tool_name in list(self.grammar.open_tools.items()):
             since = self._tools_since.get(tool_call_id, time.monotonic())
@@ -187,7 +226,7 @@ class RunStream:
                 "duration_ms": round((time.monotonic() - since) * 1000),
             }
             if not is_cancelled:
-                closing["error"] = "The run ended before the tool did."
+                closing["error"] = tool_error
             self._add(EventType.TOOL_COMPLETED, closing)
         for request_id in sorted(self.grammar.open_inputs):
             resolved = {"request_id": request_id, "outcome": "cancelled", "by": "system"}
@@ -218,7 +257,8 @@ class RunStream:
         await waiter
 
     def advanced(self) -> None:
-        """Let everybody who waits look again."""
+        """Let everybody who waits look again: something was acknowledged, or refused."""
+        self._waiting_since_s = None if self.batches.is_empty else time.monotonic()
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():
@@ -268,11 +308,27 @@ class Publisher:
         self._wake = asyncio.Event()
         self._sender: asyncio.Task[None] | None = None
         self._outage_s = 0.0
+        self._last_error: str | None = None
 
     @property
     def is_available(self) -> bool:
         """Whether the last pipeline got its answers."""
         return self._outage_s == 0.0
+
+    @property
+    def last_error(self) -> str | None:
+        """Why the last pipeline that failed did so; None if none has."""
+        return self._last_error
+
+    @property
+    def lag_s(self) -> float:
+        """How long the run that waits longest has waited for an acknowledgement."""
+        return max((stream.waiting_s for stream in self._streams.values()), default=0.0)
+
+    @property
+    def buffered_bytes(self) -> int:
+        """What Redis has not acknowledged yet, over all runs."""
+        return sum(stream.batches.size_bytes for stream in self._streams.values())
 
     async def __aenter__(self) -> Publisher:
         self._sender = asyncio.create_task(self._send_forever(), name="publisher")
@@ -324,6 +380,7 @@ class Publisher:
                 self._outage_s = 0.0
             except Exception as error:
                 # Without the sender all agents would wait for ever: whatever it is, go on.
+                self._last_error = str(error)
                 if self._outage_s == 0.0:
                     is_expected = isinstance(error, RedisUnavailable | RedisMisconfigured)
                     log.warning(

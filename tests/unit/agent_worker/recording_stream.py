@@ -11,15 +11,19 @@ import orjson
 
 from agent_worker.outlet import Outlet
 from agent_worker.run import Request, Run, RunInfo
-from relay.codec import encode_json
+from relay.codec import RunEnvelope, encode_json
 from relay.errors import PublishRefused
 from relay.events import EventType, validate_data
 from relay.grammar import RunGrammar
+from relay.run_model import Claim, RunDetail, RunRequest
 
 
 class RecordingStream:
-    def __init__(self) -> None:
-        self.grammar = RunGrammar()
+    def __init__(self, attempt: int = 1) -> None:
+        self.grammar = RunGrammar(attempt=attempt - 1)
+        envelope = RunEnvelope("run_1", attempt, "t1", "alice", "echo")
+        request = RunRequest("m1", "hello", {"lang": "en"})
+        self.claim = Claim(envelope, request, "fence", 1, "epoch", 0)
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.cancel_requested: bytes | None = None
         self.refused: PublishRefused | None = None
@@ -59,6 +63,18 @@ class RecordingStream:
             await self.publish(EventType.TOOL_COMPLETED, {**closing, "status": "cancelled"})
         await self.publish(event_type, data)
 
+    async def retry(self, data: Mapping[str, Any]) -> None:
+        for tool_call_id, tool_name in list(self.grammar.open_tools.items()):
+            closing = {"tool_call_id": tool_call_id, "tool_name": tool_name, "duration_ms": 0}
+            await self.publish(EventType.TOOL_COMPLETED, {**closing, "status": "error"})
+        await self.publish(EventType.AGENT_RETRYING, data)
+
+    async def flush(self) -> None:
+        await self._pass()
+
+    def input_closed(self, request_id: str) -> None:
+        self.grammar.apply(EventType.INPUT_RESOLVED, {"request_id": request_id})
+
     def close(self) -> None:
         self.is_closed = True
 
@@ -68,6 +84,41 @@ class RecordingStream:
         await asyncio.sleep(0)
         if self.refused is not None:
             raise self.refused
+
+
+class RecordingErrands:
+    """Errands without Redis: keeps what was asked for; the test says how runs below end."""
+
+    def __init__(self) -> None:
+        self.looks: list[int] = []
+        self.started: list[tuple[str, str, dict[str, Any]]] = []
+        self.stopped: list[str] = []
+        self.waiting = 0
+        self.is_released = False
+        self.child: RunDetail | None = None
+
+    async def look_no_later(self, at_ms: int) -> None:
+        self.looks.append(at_ms)
+
+    async def release(self) -> bool:
+        return self.is_released
+
+    async def start_child(
+        self, agent: str, content: str, metadata: Mapping[str, Any], message_id: str
+    ) -> None:
+        self.started.append((agent, content, dict(metadata)))
+
+    async def read_child(self, run_id: str) -> RunDetail | None:
+        return self.child
+
+    async def stop_child(self, run_id: str, reason: str) -> None:
+        self.stopped.append(run_id)
+
+    def wait_begins(self) -> None:
+        self.waiting += 1
+
+    def wait_ends(self) -> None:
+        self.waiting -= 1
 
 
 def make_info(content: str = "hello", attempt: int = 1) -> RunInfo:
@@ -81,4 +132,4 @@ async def make_run(
     stream = RecordingStream()
     await stream.publish(EventType.AGENT_STARTED, {})
     outlet = Outlet(stream, clock=clock)  # type: ignore[arg-type]
-    return Run(make_info(), outlet), stream, outlet
+    return Run(make_info(), outlet, RecordingErrands()), stream, outlet

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import structlog
 
-from agent_worker import AgentError, Run, SyncRun
+from agent_worker import AgentError, InputDenied, InputExpired, Run, SyncRun
 from agent_worker.definition import define_agent
-from agent_worker.execution import CancelAsked, RunExecution, WorkerStops
+from agent_worker.execution import RunExecution
+from agent_worker.metrics import WorkerMetrics
+from agent_worker.stops import CancelAsked, WorkerStops
 from relay.errors import AGENT_ERRORS, GrammarViolation, RunEnded, StaleFence
 from relay.events import EventType
-from tests.unit.agent_worker.recording_stream import RecordingStream, make_info
+from tests.unit.agent_worker.recording_stream import RecordingErrands, RecordingStream, make_info
 
 GRACE_S = 0.2
 SECRET = "postgres://root:hunter2@db"
@@ -23,14 +25,22 @@ SECRET = "postgres://root:hunter2@db"
 class Attempt:
     """One attempt of an agent, from outside."""
 
-    def __init__(self, agent: Callable[[Any], Any], **options: Any) -> None:
-        self.stream = RecordingStream()
+    def __init__(self, agent: Callable[[Any], Any], *, attempt: int = 1, **options: Any) -> None:
+        self.attempt = attempt
+        self.stream = RecordingStream(attempt)
         self.execution = RunExecution(
-            define_agent("echo", agent, **options), cancel_grace_s=GRACE_S
+            define_agent("echo", agent, **options),
+            cancel_grace_s=GRACE_S,
+            metrics=WorkerMetrics(),
         )
+        self.errands = RecordingErrands()
 
     async def carry_out(self) -> str:
-        return await self.execution.carry_out(make_info(), self.stream)  # type: ignore[arg-type]
+        return await self.execution.carry_out(
+            make_info(attempt=self.attempt),
+            self.stream,  # type: ignore[arg-type]
+            self.errands,
+        )
 
     @property
     def last(self) -> tuple[str, dict[str, Any]]:
@@ -318,7 +328,9 @@ async def test_hurry_cuts_the_grace_time_short() -> None:
                 continue
 
     attempt = Attempt(agent)
-    attempt.execution = RunExecution(define_agent("echo", agent), cancel_grace_s=60)
+    attempt.execution = RunExecution(
+        define_agent("echo", agent), cancel_grace_s=60, metrics=WorkerMetrics()
+    )
     task = await start(attempt, entered)
     attempt.execution.request_stop(WorkerStops())
     await asyncio.sleep(0.01)
@@ -402,3 +414,88 @@ def test_exit_in_an_agent_does_not_end_the_loop() -> None:
         sys.exit(2)
 
     assert asyncio.run(Attempt(agent).carry_out()) == "error"
+
+
+async def failing(run: Run) -> None:
+    async with run.tool("t"):
+        raise ValueError(SECRET)
+
+
+async def test_failed_attempt_is_followed_by_another_where_the_author_says_so() -> None:
+    attempt = Attempt(failing, max_attempts=2)
+    with structlog.testing.capture_logs() as logs:
+        assert await attempt.carry_out() == "retrying"
+    assert attempt.last == (
+        "agent_retrying",
+        {"attempt": 2, "reason": "agent_failed", "delay_ms": 1000},
+    )
+    assert "hunter2" not in str(attempt.stream.events)
+    assert attempt.execution.retry is not None
+    assert attempt.execution.retry.delay_ms == 1000
+    assert [line["event"] for line in logs if line["log_level"] == "warning"] == ["attempt_failed"]
+
+
+async def test_last_attempt_that_fails_ends_the_run() -> None:
+    attempt = await carry_out(failing, max_attempts=2, attempt=2)
+    assert attempt.last[0] == "agent_error"
+
+
+async def test_recoverable_error_is_retried_when_its_author_says() -> None:
+    async def agent(run: Run) -> None:
+        raise AgentError("upstream_unavailable", "The library is closed.", retry_after_ms=90_000)
+
+    attempt = await carry_out(agent, max_attempts=3)
+    assert attempt.last[1] == {
+        "attempt": 2,
+        "reason": "upstream_unavailable",
+        "delay_ms": 90_000,
+        "message": "The library is closed.",
+    }
+
+
+@pytest.mark.parametrize(
+    "error",
+    [AgentError("invalid_request", "No."), InputDenied("req_1"), InputExpired("req_1")],
+)
+async def test_errors_that_no_other_attempt_would_cure_end_the_run(error: AgentError) -> None:
+    async def agent(run: Run) -> None:
+        raise error
+
+    attempt = await carry_out(agent, max_attempts=3)
+    assert attempt.last[0] == "agent_error"
+    assert attempt.last[1]["error_message"] == error.error_message
+
+
+async def test_cancellation_wins_over_another_attempt() -> None:
+    attempt = Attempt(failing, max_attempts=2)
+    attempt.stream.cancel_requested = b'{"by":"user"}'
+    assert await attempt.carry_out() == "cancelled"
+
+
+async def test_stopping_worker_hands_its_run_to_the_next_attempt() -> None:
+    async def agent(run: Run) -> None:
+        await asyncio.Event().wait()
+
+    attempt = Attempt(agent, max_attempts=2)
+    task = asyncio.create_task(attempt.carry_out())
+    await asyncio.sleep(0.01)
+    attempt.execution.request_stop(WorkerStops())
+    assert await task == "retrying"
+    assert attempt.last[1] == {"attempt": 2, "reason": "worker_stopping", "delay_ms": 0}
+
+
+async def test_run_that_never_began_is_given_back() -> None:
+    attempt = Attempt(failing)
+    attempt.errands.is_released = True
+    attempt.execution.request_stop(WorkerStops())
+    assert await attempt.carry_out() == "released"
+    assert attempt.stream.events == []
+
+
+async def test_failure_that_cannot_be_told_still_ends_the_attempt() -> None:
+    async def agent(run: Run) -> None:
+        raise AgentError("upstream_unavailable", "\ud800")
+
+    attempt = await carry_out(agent, max_attempts=2)
+    assert attempt.last[0] == "agent_error"
+    assert attempt.last[1]["code"] == "agent_failed"
