@@ -264,9 +264,10 @@ class FeedHub:
         try:
             calls: list[ScriptCall] = []
             called: list[tuple[_UserFeed, Read | Rotate]] = []
+            fetches: list[tuple[_UserFeed, FetchBody]] = []
             for user_feed, effect in chunk:
                 if isinstance(effect, FetchBody):
-                    await self._fetch(user_feed, effect)
+                    fetches.append((user_feed, effect))
                 elif isinstance(effect, Read):
                     called.append((user_feed, effect))
                     calls.append(read_call(self._link, self._keys, user_feed.user_id, effect))
@@ -275,27 +276,36 @@ class FeedHub:
                     called.append((user_feed, effect))
                     calls.append(self._link.call("rotate", user, None, effect.epoch))
             if calls:
-                replies = await self._persist(lambda: self._link.run(calls))
+                replies = await self._persist(lambda: self._link.run_each(calls))
                 for (user_feed, effect), reply in zip(called, replies, strict=True):
                     self._give(user_feed, effect, reply)
+            for user_feed, fetch in fetches:
+                await self._fetch(user_feed, fetch)
         finally:
             self._pipelines.release()
 
-    def _give(self, user_feed: _UserFeed, effect: Read | Rotate, reply: Sequence[Any]) -> None:
-        if isinstance(effect, Rotate):
-            log.warning("history contradicts itself: new epoch", user_id=user_feed.user_id)
-            effect.feed.receive_rotated(effect)
-        else:
-            try:
+    def _give(self, user_feed: _UserFeed, effect: Read | Rotate, reply: Any) -> None:
+        """Hand over an answer. What is wrong with one user's data holds up nobody else."""
+        try:
+            if isinstance(reply, ScriptFailed):
+                raise reply
+            if isinstance(effect, Rotate):
+                log.warning("history contradicts itself: new epoch", user_id=user_feed.user_id)
+                effect.feed.receive_rotated(effect)
+            else:
                 page = page_from(user_feed.user_id, effect, reply)
-            except DecodingFailed as error:
-                log.error("history not understood", user_id=user_feed.user_id, error=str(error))
-                self._later(_RETRY_MOST_S, lambda: self._effects.append((user_feed, effect)))
-                return
-            if isinstance(effect.requester, Cursor):
-                self.catch_ups += 1
-            effect.requester.receive_page(effect, page)
+                if isinstance(effect.requester, Cursor):
+                    self.catch_ups += 1
+                effect.requester.receive_page(effect, page)
+        except (DecodingFailed, ScriptFailed) as error:
+            log.error("history not understood", user_id=user_feed.user_id, error=str(error))
+            self._later(_RETRY_MOST_S, lambda: self._try_again(user_feed, effect))
         self.perform(user_feed)
+
+    def _try_again(self, user_feed: _UserFeed, effect: Read | Rotate) -> None:
+        """Ask once more, unless nobody waits for it by now."""
+        if effect.is_awaited and self._feeds.get(user_feed.channel) is user_feed:
+            self._effects.append((user_feed, effect))
 
     async def _fetch(self, user_feed: _UserFeed, effect: FetchBody) -> None:
         piece = await self._persist(
@@ -339,13 +349,15 @@ class FeedHub:
                     for user_feed in checked:
                         key = self._keys.user(user_feed.user_id).channel
                         pipeline.hmget(key, ["epoch", "offset"])
-                    _, *stored = await pipeline.execute()
+                    _, *stored = await pipeline.execute(raise_on_error=False)
             except (RedisUnavailable, RedisMisconfigured, ScriptFailed) as error:
                 self._begin_outage(str(error))
                 continue
             if self.subscriber.is_connected:
                 self._end_outage()
-            for user_feed, head, (epoch, offset) in zip(checked, heads, stored, strict=True):
+            for user_feed, head, answer in zip(checked, heads, stored, strict=True):
+                # A key of another type is one user's trouble; reading reports it.
+                epoch, offset = (None, None) if isinstance(answer, Exception) else answer
                 self._compare(user_feed, head, epoch, offset)
 
     def _compare(

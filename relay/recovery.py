@@ -118,6 +118,11 @@ class Read:
     known: Mapping[str, TextMark] = field(default_factory=dict)
     seen: int = 0
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether an answer would still be used."""
+        return self.generation == self.requester.generation
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rotate:
@@ -126,6 +131,11 @@ class Rotate:
     feed: Feed
     generation: int
     epoch: str
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether an answer would still be used."""
+        return self.generation == self.feed.generation
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,6 +181,7 @@ class Feed:
         head: Everything up to here was delivered to the live cursors.
         cursors: The connections, in the order in which they came.
         effects: What the shell has to do; it empties the list.
+        generation: Answers to what an earlier one asked for are dropped (rule 9).
     """
 
     def __init__(self, *, ring_bytes: int = 64 * 1024) -> None:
@@ -186,7 +197,7 @@ class Feed:
         # Highest offset that Redis has shown in this epoch, by a page or a live message.
         self._seen = 0
         self._again = False
-        self._generation = 0
+        self.generation = 0
         self._is_reading = False
 
     def attach(self, sink: Sink, since: Since) -> Cursor:
@@ -199,7 +210,7 @@ class Feed:
     def lose(self) -> None:
         """Pub/sub is gone: from here on messages may be missing. Head and ring stay valid."""
         self.state = FeedState.SUBSCRIBING
-        self._generation += 1
+        self.generation += 1
         self._is_reading = False
 
     def confirm(self) -> None:
@@ -219,7 +230,7 @@ class Feed:
         self._again = False
         self._is_reading = True
         after = HEADER_ONLY if self.epoch is None else self.head
-        self.effects.append(self.read_after(after, self, self._generation))
+        self.effects.append(self.read_after(after, self, self.generation))
 
     def read_after(
         self,
@@ -266,7 +277,7 @@ class Feed:
     def receive_page(self, read: Read, page: Page) -> None:
         """Take the answer to a read of this feed's own."""
         # Rule 9: before anything else, even before noting that no read is under way.
-        if read.generation != self._generation:
+        if read.generation != self.generation:
             return
         self._is_reading = False
         if page.epoch != self.epoch:
@@ -285,7 +296,7 @@ class Feed:
 
     def receive_rotated(self, rotate: Rotate) -> None:
         """The epoch was changed, by us or by somebody else: read what is in force."""
-        if rotate.generation != self._generation:
+        if rotate.generation != self.generation:
             return
         self._is_reading = False
         self.sync()
@@ -303,9 +314,9 @@ class Feed:
             self.sync()
             return
         self.state = FeedState.SYNCING
-        self._generation += 1
+        self.generation += 1
         self._is_reading = True
-        self.effects.append(Rotate(self, self._generation, self.epoch))
+        self.effects.append(Rotate(self, self.generation, self.epoch))
 
     def _adopt(self, page: Page) -> None:
         """Take over another history, or one whose beginning moved past our head."""
@@ -315,7 +326,7 @@ class Feed:
         if self.epoch is not None and page.epoch != self.epoch:
             surviving = surviving_offset(page.previous, self.epoch)
         is_new_epoch = page.epoch != self.epoch
-        self._generation += 1
+        self.generation += 1
         self.epoch = page.epoch
         self.head = page.offset
         self._seen = page.offset if is_new_epoch else max(self._seen, page.offset)
@@ -402,7 +413,7 @@ class Cursor:
         self._epoch = ""
         self._offset = 0
         self._owed = 0
-        self._generation = 0
+        self.generation = 0
         self._is_reading = False
         # Whole: of every message the client has all text up to its offset. Not so after a page
         # that ended before the channel's offset, where a text may stand further on.
@@ -427,7 +438,7 @@ class Cursor:
     def close(self) -> None:
         """The connection is gone. Its truth is the last position that the client received."""
         self.state = CursorState.CLOSED
-        self._generation += 1
+        self.generation += 1
         self._feed.cursors.pop(self, None)
 
     def advance(self) -> None:
@@ -465,7 +476,7 @@ class Cursor:
 
     def receive_page(self, read: Read, page: Page) -> None:
         """Take the answer to a read of this cursor's own."""
-        if read.generation != self._generation:
+        if read.generation != self.generation:
             return
         self._is_reading = False
         if not self._feed.accept(read, page):
@@ -541,9 +552,7 @@ class Cursor:
         self, after: int, *, with_runs: bool = False, known: Mapping[str, TextMark] | None = None
     ) -> None:
         self._is_reading = True
-        read = self._feed.read_after(
-            after, self, self._generation, with_runs=with_runs, known=known
-        )
+        read = self._feed.read_after(after, self, self.generation, with_runs=with_runs, known=known)
         self._feed.effects.append(read)
 
     def _write(self, publications: Sequence[Publication]) -> bool:
@@ -597,7 +606,7 @@ class Cursor:
         length = PART_BYTES if body.is_parted else body.size_bytes
         fetch = FetchBody(
             cursor=self,
-            generation=self._generation,
+            generation=self.generation,
             epoch=self._epoch,
             offset=body.publication.offset,
             size_bytes=body.size_bytes,
@@ -608,7 +617,7 @@ class Cursor:
 
     def receive_body(self, fetch: FetchBody, piece: bytes) -> None:
         """Take bytes of a large event's body; empty where it or its epoch is gone."""
-        if fetch.generation != self._generation:
+        if fetch.generation != self.generation:
             return
         self._is_reading = False
         body = self._body
@@ -639,7 +648,7 @@ class Cursor:
             surviving: Up to here the old offsets name the same events; None if unknown.
             is_new_epoch: Whether the client has to learn a new position.
         """
-        self._generation += 1
+        self.generation += 1
         self._is_reading = False
         self._body = None
         self._known.clear()
@@ -658,7 +667,7 @@ class Cursor:
 
     def _reset(self, reason: str) -> None:
         """Start over from the active runs; the client drops what it has."""
-        self._generation += 1
+        self.generation += 1
         self._is_reading = False
         self._body = None
         self._known.clear()

@@ -122,15 +122,15 @@ def fetch_claims_aside(feed: Feed, batch: LiveBatch) -> None:
 
 
 def take_any_page_of_a_feed(feed: Feed, read: Read, page: Page) -> None:
-    receive_feed_page(feed, dataclasses.replace(read, generation=feed._generation), page)
+    receive_feed_page(feed, dataclasses.replace(read, generation=feed.generation), page)
 
 
 def take_any_page_of_a_cursor(cursor: Cursor, read: Read, page: Page) -> None:
-    receive_page(cursor, dataclasses.replace(read, generation=cursor._generation), page)
+    receive_page(cursor, dataclasses.replace(read, generation=cursor.generation), page)
 
 
 def take_any_piece(cursor: Cursor, fetch: FetchBody, piece: bytes) -> None:
-    receive_body(cursor, dataclasses.replace(fetch, generation=cursor._generation), piece)
+    receive_body(cursor, dataclasses.replace(fetch, generation=cursor.generation), piece)
 
 
 def forget_what_is_owed(cursor: Cursor, page: Page) -> None:

@@ -1,0 +1,279 @@
+"""Feeds on a real Redis: what the shell around the delivery machine has to keep."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+import pytest_asyncio
+import redis.asyncio
+
+from gateway import feed as feed_module
+from gateway.feed import Attachment, FeedHub
+from relay.codec import Position
+from relay.events import EventType
+from relay.keys import BODY_THRESHOLD_BYTES, Keys
+from relay.recovery import PART_THRESHOLD_BYTES
+from relay.scripts import RedisLink
+from relay.testing import SequenceChecker
+from tests.conftest import OwnRedis
+from tests.integration.script_support import Channel
+
+DEADLINE_S = 15.0
+
+
+class Tab:
+    """A client's sink that keeps its frames as JSON would carry them."""
+
+    def __init__(self, user_id: str = "alice") -> None:
+        self.user_id = user_id
+        self.has_room = True
+        self.frames: list[dict[str, Any]] = []
+        self.degradations: list[str | None] = []
+        self.attachment: Attachment | None = None
+
+    def established(self, position: Any, recovered: bool, runs: Any) -> None:
+        self._add(
+            type="connection_established",
+            position=str(position),
+            recovered=recovered,
+            user_id=self.user_id,
+        )
+
+    def write(self, publication: Any) -> None:
+        self.frames.append(orjson.loads(publication.frame))
+
+    def write_part(self, frame: bytes) -> None:
+        self.frames.append(orjson.loads(frame))
+
+    def reset(self, position: Any, reason: str, runs: Any) -> None:
+        self._add(type="reset", position=str(position), reason=reason)
+
+    def reposition(self, position: Any) -> None:
+        self._add(type="heartbeat", position=str(position))
+
+    def degraded(self, reason: str | None) -> None:
+        self.degradations.append(reason)
+
+    def _add(self, **frame: Any) -> None:
+        self.frames.append(frame)
+
+    def types(self) -> list[str]:
+        return [frame["type"] for frame in self.frames]
+
+    async def until(self, condition: Callable[[Tab], bool], deadline_s: float = DEADLINE_S) -> None:
+        end_s = time.monotonic() + deadline_s
+        while not condition(self):
+            assert time.monotonic() < end_s, f"it did not happen; last frames: {self.frames[-5:]}"
+            await asyncio.sleep(0.005)
+
+    async def until_type(self, name: str, count: int = 1) -> None:
+        await self.until(lambda tab: tab.types().count(name) >= count)
+
+
+@asynccontextmanager
+async def running_hub(url: str, prefix: str) -> AsyncIterator[FeedHub]:
+    link = RedisLink(url)
+    hub = FeedHub(link, Keys(prefix))
+    try:
+        await hub.start()
+        yield hub
+    finally:
+        await hub.aclose()
+        await link.aclose()
+
+
+@pytest_asyncio.fixture
+async def hub(redis_url: str, key_prefix: str) -> AsyncIterator[FeedHub]:
+    async with running_hub(redis_url, key_prefix) as hub:
+        yield hub
+
+
+@pytest_asyncio.fixture
+async def channel(redis_url: str, key_prefix: str) -> AsyncIterator[Channel]:
+    async with Channel(redis_url, key_prefix) as channel:
+        yield channel
+
+
+async def connect(hub: FeedHub, since: Any = "active", user_id: str = "alice") -> Tab:
+    tab = Tab(user_id)
+    tab.attachment = hub.attach(user_id, since, tab)
+    await tab.until_type("connection_established")
+    return tab
+
+
+def verify(tabs: list[Tab], channel: Channel, run_id: str, thoughts: int, text: str = "") -> None:
+    """Hold what tabs saw against a run of ``thoughts`` events and some text."""
+    checker = SequenceChecker()
+    for number in range(thoughts):
+        checker.published(channel.user_id, run_id, "agent_thinking", {"thought": str(number)})
+    if text:
+        checker.streamed(channel.user_id, run_id, text)
+    for index, tab in enumerate(tabs):
+        for frame in tab.frames:
+            checker.received(f"tab {index}", channel.user_id, frame)
+    checker.verify()
+
+
+async def test_two_tabs_see_a_run_and_another_user_does_not(hub: FeedHub, channel: Channel) -> None:
+    tabs = [await connect(hub) for _ in range(2)]
+    other = await connect(hub, user_id="bob")
+    run = await channel.started()
+    await run.publish(run.text("m1", 0, "ab"), run.event(thought="0"))
+    await run.end()
+    for tab in tabs:
+        await tab.until_type("agent_completed")
+    verify(tabs, channel, run.run_id, 1, "ab")
+    assert other.types() == ["connection_established"]
+
+
+async def test_killed_subscriptions_lose_nothing(
+    hub: FeedHub, channel: Channel, redis: redis.asyncio.Redis
+) -> None:
+    tabs = [await connect(hub) for _ in range(3)]
+    run = await channel.started()
+    text = ""
+    for number in range(60):
+        await run.publish(run.text(f"m{number}", 0, "x"), run.event(thought=str(number)))
+        text += "x"
+        if number % 10 == 5:
+            await redis.client_kill_filter(_type="pubsub")
+        await asyncio.sleep(0.005)
+    await run.end()
+    for tab in tabs:
+        await tab.until_type("agent_completed")
+        assert "reset" not in tab.types()
+    verify(tabs, channel, run.run_id, 60, text)
+
+
+async def test_a_swallowed_last_message_is_noticed(hub: FeedHub, channel: Channel) -> None:
+    tab = await connect(hub)
+    run = await channel.started()
+    await tab.until_type("agent_started")
+    # As a proxy does that loses one message of a connection that stays up.
+    swallowed = asyncio.Event()
+    receive = hub.subscriber._on_message
+    hub.subscriber._on_message = lambda *_: swallowed.set()
+    await run.end()
+    await swallowed.wait()
+    hub.subscriber._on_message = receive
+    assert "agent_completed" not in tab.types()
+    await tab.until(lambda one: "agent_completed" in one.types(), deadline_s=5.0)
+    verify([tab], channel, run.run_id, 0)
+
+
+async def test_a_restart_with_its_file_resets_nobody(own_redis: OwnRedis) -> None:
+    server = await own_redis(append_only=True)
+    async with running_hub(server.url, "t") as hub, Channel(server.url, "t") as channel:
+        tab = await connect(hub)
+        run = await channel.started()
+        await tab.until_type("agent_started")
+        await server.restart()
+        async with asyncio.timeout(DEADLINE_S):
+            while not hub.subscriber.is_connected:
+                await asyncio.sleep(0.01)
+        await run.publish(run.event(thought="0"))
+        await run.end()
+        await tab.until_type("agent_completed")
+        assert "reset" not in tab.types()
+        verify([tab], channel, run.run_id, 1)
+
+
+async def test_an_outage_is_announced_after_a_second_and_its_end_too(own_redis: OwnRedis) -> None:
+    server = await own_redis(append_only=True)
+    async with running_hub(server.url, "t") as hub:
+        tab = await connect(hub)
+        await server.stop()
+        stopped_s = time.monotonic()
+        await tab.until(lambda one: bool(one.degradations))
+        assert time.monotonic() - stopped_s >= feed_module.ANNOUNCE_AFTER_S - 0.2
+        assert (hub.is_degraded, tab.degradations[0] is None) == (True, False)
+        late = Tab()
+        late.attachment = hub.attach("bob", "active", late)
+        assert late.degradations
+        await server.start()
+        await tab.until(lambda one: one.degradations[-1] is None)
+        await late.until_type("connection_established")
+        assert not hub.is_degraded
+
+
+async def test_many_return_at_once_each_with_what_it_missed(hub: FeedHub, channel: Channel) -> None:
+    tab = await connect(hub)
+    run = await channel.started()
+    await tab.until_type("agent_started")
+    assert tab.attachment is not None
+    epoch, _, offset = tab.attachment.position.rpartition(":")
+    for number in range(50):
+        await run.publish(run.event(thought=str(number)))
+    await run.end()
+    returned = [Tab() for _ in range(300)]
+    for one in returned:
+        one.attachment = hub.attach("alice", Position(epoch, int(offset)), one)
+    for one in returned:
+        await one.until_type("agent_completed")
+        assert one.types() == [
+            "connection_established",
+            *["agent_thinking"] * 50,
+            "agent_completed",
+        ]
+
+
+async def test_a_large_event_arrives_in_parts_in_its_place(hub: FeedHub, channel: Channel) -> None:
+    tab = await connect(hub)
+    run = await channel.started()
+    filler = PART_THRESHOLD_BYTES + 5
+    await run.publish(run.event(size=filler), run.event(size=BODY_THRESHOLD_BYTES))
+    await run.end()
+    await tab.until_type("agent_completed")
+    parts = [frame for frame in tab.frames if frame["type"] == "event_part"]
+    joined = orjson.loads("".join(part["text"] for part in parts))
+    assert (joined["offset"], len(joined["data"]["filler"])) == (3, filler)
+    assert tab.types().count("agent_thinking") == 1
+    verify([tab], channel, run.run_id, 0)
+
+
+async def test_a_full_outbox_stops_one_tab_only(hub: FeedHub, channel: Channel) -> None:
+    slow, fast = await connect(hub), await connect(hub)
+    slow.has_room = False
+    run = await channel.started()
+    for number in range(40):
+        await run.publish(run.text("m1", number, "x"))
+    await run.publish(run.event(thought="0"))
+    await run.end()
+    await fast.until_type("agent_completed")
+    assert slow.types() == ["connection_established"]
+    slow.has_room = True
+    assert slow.attachment is not None
+    slow.attachment.writable()
+    await slow.until_type("agent_completed")
+    verify([slow, fast], channel, run.run_id, 1, "x" * 40)
+
+
+async def test_one_users_broken_key_holds_up_nobody_else(
+    hub: FeedHub, channel: Channel, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    broken = Keys(key_prefix).user("mallory").channel
+    await redis.set(broken, "not a hash")
+    stuck = Tab("mallory")
+    stuck.attachment = hub.attach("mallory", "active", stuck)
+    tab = await connect(hub)
+    run = await channel.started()
+    await run.end(EventType.AGENT_ERROR)
+    await tab.until_type("agent_error")
+    assert not hub.is_degraded
+    await redis.delete(broken)
+    await stuck.until_type("connection_established")
+
+
+async def test_a_lost_channel_is_noticed_without_any_event(hub: FeedHub, channel: Channel) -> None:
+    tab = await connect(hub)
+    run = await channel.started()
+    await run.end()
+    await tab.until_type("agent_completed")
+    await channel.client.delete(channel.keys.channel)
+    await tab.until_type("reset")
+    assert tab.frames[-1]["reason"] == "unknown_epoch"
