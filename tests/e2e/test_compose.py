@@ -120,7 +120,7 @@ def stack() -> Iterator[Stack]:
         },
     )
     try:
-        # All services share one image: built once, so that they also share one state of the sources.
+        # One image for all services, built once: they also share one state of the sources.
         started.compose("build", "gateway-1", timeout_s=400)
         started.compose("up", "--no-build", "--detach")
         started.await_status("/readyz", 200)
