@@ -49,6 +49,14 @@ async def repeatable(run: Run) -> str:
     return run.text
 
 
+@worker.agent("approved", max_attempts=2)
+async def approved(run: Run) -> str:
+    """Wait for the user."""
+    if await run.approve("Go on?", timeout_s=60):
+        return f"approved in attempt {run.attempt}"
+    return "not approved"
+
+
 class WorkerProcess:
     """Seen from the test."""
 
