@@ -35,10 +35,16 @@ class LoadRun:
         is_lost: Redis has lost the run with all that was published in it.
     """
 
-    def __init__(self, load: Load, claim: Claim, content: str) -> None:
+    def __init__(self, load: Load, claim: Claim) -> None:
         self.user_id = claim.envelope.user_id
         self.run_id = claim.run_id
-        self.events: list[tuple[str, dict[str, Any]]] = [("agent_queued", {"content": content})]
+        asked = claim.request
+        queued = {
+            "message_id": asked.message_id,
+            "content": asked.content,
+            "metadata": asked.metadata,
+        }
+        self.events: list[tuple[str, dict[str, Any]]] = [("agent_queued", queued)]
         self.texts: list[str] = []
         self.has_ended = False
         self.is_lost = False
@@ -158,7 +164,7 @@ class Load:
         request = SubmitRequest(user_id, "t1", AGENT, content, secrets.token_hex(8))
         submitted = await until_redis_answers(lambda: self.registry.submit(request), "submit")
         claim = await self.claim(user_id, submitted.run_id)
-        run = LoadRun(self, claim, content)
+        run = LoadRun(self, claim)
         self.runs.append(run)
         await run.publish(EventType.AGENT_STARTED, {})
         return run

@@ -27,7 +27,7 @@ class Size:
 
 
 @sized(
-    small=Size(10, 2, published_per_s=100, seconds=7, kill_every_s=3, p99_limit_ms=5_000),
+    small=Size(10, 2, published_per_s=100, seconds=7, kill_every_s=2, p99_limit_ms=5_000),
     full=Size(100, 2, published_per_s=1_000, seconds=60, kill_every_s=3, p99_limit_ms=1_000),
 )
 async def test_gateways_killed_in_turn_cost_no_event(
@@ -75,3 +75,32 @@ async def test_gateways_killed_in_turn_cost_no_event(
             )
             assert percentile(durations, 0.99) < size.p99_limit_ms
         stack.assert_no_defects()
+
+
+async def test_a_paused_gateway_is_given_up_by_its_clients(
+    own_redis: OwnRedis, tmp_path: Path, report: Report
+) -> None:
+    server = await own_redis()
+    async with (
+        Stack(tmp_path, server.url, settings={"HEARTBEAT_MS": 400}) as stack,
+        Load(server.url, stack.key_prefix) as load,
+    ):
+        paused, other = await stack.start_gateways(2)
+        async with Fleet(stack.urls, stack.token) as fleet:
+            client = fleet.add("alice", urls=[paused.url, other.url])
+            await fleet.connect()
+            run = await load.open("alice")
+            await client.until(lambda one: len(one.events) == 2)
+            paused.pause()
+            began_s = time.monotonic()
+            await run.think()
+            await client.until(lambda one: len(one.events) == 3)
+            silent_s = time.monotonic() - began_s
+            # What it had for the client is not delivered a second time when it wakes up.
+            paused.resume()
+            await run.complete()
+            await arrive(load.runs, fleet.clients)
+            await paused.wait_ready()
+            verify(load.runs, fleet.clients)
+            assert len(client.outages) == 1
+            report(back_after_ms=silent_s * 1_000)
