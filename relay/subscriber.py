@@ -188,7 +188,8 @@ class Subscriber:
                     self._unconfirmed[name] = left
                     return
                 self._unconfirmed.pop(name, None)
-                if name in self._wanted:
+                # A change that has not been sent yet means that this answers an earlier one.
+                if name in self._wanted and name not in self._changes:
                     self._on_confirmed(name)
 
     async def _write(self, connection: AbstractConnection) -> None:
@@ -200,11 +201,11 @@ class Subscriber:
             changes, self._changes = self._changes, {}
             for command, is_wanted in ((b"SUBSCRIBE", True), (b"UNSUBSCRIBE", False)):
                 names = [name for name, wanted in changes.items() if wanted is is_wanted]
+                if is_wanted:
+                    for name in names:
+                        self._unconfirmed[name] = self._unconfirmed.get(name, 0) + 1
                 for start in range(0, len(names), SUBSCRIBE_CHUNK):
                     chunk = names[start : start + SUBSCRIBE_CHUNK]
-                    if is_wanted:
-                        for name in chunk:
-                            self._unconfirmed[name] = self._unconfirmed.get(name, 0) + 1
                     await connection.send_command(command, *chunk, check_health=False)
 
     async def _watch(self, connection: AbstractConnection) -> None:

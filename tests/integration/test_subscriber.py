@@ -1,0 +1,144 @@
+"""The pub/sub connection: every gap is reported, on a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import pytest_asyncio
+import redis.asyncio
+
+from relay.errors import RedisUnavailable
+from relay.scripts import RedisLink
+from relay.subscriber import SILENCE_S, SUBSCRIBE_CHUNK, Subscriber
+from tests.conftest import OwnRedis
+from tests.support.redis_server import free_port
+
+
+class Heard:
+    """What a subscriber reported, in order."""
+
+    def __init__(self, url: str) -> None:
+        self.events: list[tuple[str, ...]] = []
+        self.link = RedisLink(url)
+        self.subscriber = Subscriber(
+            self.link,
+            on_message=lambda channel, payload: self.add("message", channel, payload.decode()),
+            on_lost=lambda: self.add("lost"),
+            on_confirmed=lambda channel: self.add("confirmed", channel),
+        )
+
+    def add(self, *event: str) -> None:
+        self.events.append(event)
+
+    async def until(self, condition: Callable[[], bool], deadline_s: float = 10.0) -> None:
+        end_s = time.monotonic() + deadline_s
+        while not condition():
+            assert time.monotonic() < end_s, self.events[-5:]
+            await asyncio.sleep(0.005)
+
+    async def until_event(self, *event: str, count: int = 1) -> None:
+        await self.until(lambda: self.events.count(event) >= count)
+
+    async def aclose(self) -> None:
+        await self.subscriber.aclose()
+        await self.link.aclose()
+
+
+@pytest_asyncio.fixture
+async def heard(redis_url: str) -> AsyncIterator[Heard]:
+    heard = Heard(redis_url)
+    await heard.subscriber.start()
+    yield heard
+    await heard.aclose()
+
+
+async def test_messages_come_after_the_confirmation_and_in_order(
+    heard: Heard, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    heard.subscriber.subscribe(key_prefix)
+    await heard.until_event("confirmed", key_prefix)
+    for number in range(100):
+        await redis.publish(key_prefix, str(number))
+    await heard.until_event("message", key_prefix, "99")
+    assert heard.events[1:] == [("message", key_prefix, str(number)) for number in range(100)]
+
+
+async def test_a_killed_connection_is_reported_and_everything_confirmed_again(
+    heard: Heard, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    names = [f"{key_prefix}:{number}" for number in range(SUBSCRIBE_CHUNK + 20)]
+    for name in names:
+        heard.subscriber.subscribe(name)
+    await heard.until(lambda: len(heard.events) == len(names))
+    await redis.client_kill_filter(_type="pubsub")
+    await heard.until(lambda: len(heard.events) == 2 * len(names) + 1)
+    assert heard.events[len(names)] == ("lost",)
+    assert {event[1] for event in heard.events[len(names) + 1 :]} == set(names)
+
+
+async def test_a_confirmation_of_an_earlier_subscription_counts_for_nothing(
+    heard: Heard, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    """Between two subscriptions messages are missed: only the last one's confirmation counts."""
+    heard.subscriber.subscribe(key_prefix)
+    heard.subscriber._receive([b"subscribe", key_prefix.encode(), 1])
+    assert heard.events == []
+    await heard.until_event("confirmed", key_prefix)
+    for _ in range(20):
+        heard.subscriber.unsubscribe(key_prefix)
+        await asyncio.sleep(0)
+        heard.subscriber.subscribe(key_prefix)
+        await asyncio.sleep(0)
+    seen = len(heard.events)
+    heard.subscriber.subscribe(key_prefix)
+    await heard.until(lambda: ("confirmed", key_prefix) in heard.events[seen:])
+    await redis.publish(key_prefix, "after")
+    await heard.until_event("message", key_prefix, "after")
+
+
+async def test_a_channel_that_was_given_up_stays_silent(
+    heard: Heard, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    other = f"{key_prefix}:other"
+    for name in (key_prefix, other):
+        heard.subscriber.subscribe(name)
+    await heard.until_event("confirmed", other)
+    heard.subscriber.unsubscribe(key_prefix)
+
+    async with asyncio.timeout(10):
+        while (await redis.pubsub_numsub(key_prefix))[0][1]:
+            await asyncio.sleep(0.005)
+    await redis.publish(key_prefix, "nobody")
+    await redis.client_kill_filter(_type="pubsub")
+    await heard.until_event("confirmed", other, count=2)
+    assert heard.events.count(("confirmed", key_prefix)) == 1
+    assert ("message", key_prefix, "nobody") not in heard.events
+
+
+async def test_a_dead_peer_is_noticed_in_seconds(own_redis: OwnRedis) -> None:
+    server = await own_redis()
+    heard = Heard(server.url)
+    await heard.subscriber.start()
+    try:
+        heard.subscriber.subscribe("c")
+        await heard.until_event("confirmed", "c")
+        server.pause()
+        paused_s = time.monotonic()
+        await heard.until_event("lost")
+        assert time.monotonic() - paused_s < SILENCE_S + 2.0
+        assert not heard.subscriber.is_connected
+        server.resume()
+        await heard.until_event("confirmed", "c", count=2)
+    finally:
+        server.resume()
+        await heard.aclose()
+
+
+async def test_the_first_connection_must_be_made() -> None:
+    heard = Heard(f"redis://127.0.0.1:{free_port()}/0")
+    with pytest.raises(RedisUnavailable):
+        await heard.subscriber.start()
+    await heard.aclose()
