@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 
 import structlog
@@ -55,6 +56,8 @@ def lease_of(claim: Claim, keys: Keys, control: AttemptControl) -> Lease:
     return Lease(
         user=keys.user(claim.envelope.user_id),
         run_id=claim.run_id,
+        agent=claim.envelope.agent,
+        since_ms=time.time_ns() // 1_000_000,
         fence=claim.fence,
         on_cancel=lambda flag: tell(lambda: control.request_stop(read_cancel_flag(flag))),
         on_answers=lambda answers: tell(lambda: pass_on(answers)),

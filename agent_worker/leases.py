@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import redis
 import structlog
@@ -28,8 +28,9 @@ from redis.retry import Retry
 
 from agent_worker.metrics import WorkerMetrics
 from relay.errors import PublishRefused, RunEnded, StaleFence
-from relay.keys import NODE_TTL_MS, UserKeys
+from relay.keys import NODE_TTL_MS, WORKER_INDEX_TTL_MS, Keys, UserKeys
 from relay.scripts import LogLimits, load_scripts
+from relay.workers import RunAtWork, WorkerCard, encode_card
 
 ANSWER_TIMEOUT_S = 1.0
 LONGEST_INTERVAL_S = 1.0
@@ -47,6 +48,8 @@ class Lease:
     Attributes:
         user: The key names of the run's user.
         run_id: The run.
+        agent: Which agent carries it out.
+        since_ms: When it was claimed, by the wall clock.
         fence: Proves that the claim is this worker's.
         on_cancel: Called in the thread, with the flag's bytes, when the run is to stop.
         on_answers: Called in the thread, with their bytes, while input requests of this attempt
@@ -56,6 +59,8 @@ class Lease:
 
     user: UserKeys
     run_id: str
+    agent: str
+    since_ms: int
     fence: str
     on_cancel: Callable[[bytes], None]
     on_answers: Callable[[bytes], None]
@@ -67,8 +72,9 @@ class LeaseKeeper:
 
     Args:
         redis_url: Where Redis is.
-        key: The worker's key.
-        value: What the key says about the worker.
+        keys: Key names.
+        worker_id: The worker; its key says what it is and what it runs.
+        card: What stays the same about it.
         lease_ms: How long a lease holds without being renewed.
         limits: What the scripts keep of each user's history.
         metrics: Where failures are counted.
@@ -79,8 +85,9 @@ class LeaseKeeper:
     def __init__(
         self,
         redis_url: str,
-        key: str,
-        value: bytes,
+        keys: Keys,
+        worker_id: str,
+        card: WorkerCard,
         *,
         lease_ms: int,
         limits: LogLimits,
@@ -88,8 +95,10 @@ class LeaseKeeper:
         on_absent: Callable[[], None],
     ) -> None:
         self._redis_url = redis_url
-        self._key = key
-        self._value = value
+        self._worker_id = worker_id
+        self._key = keys.worker(worker_id)
+        self._index = keys.workers
+        self._card = card
         self._lease_ms = lease_ms
         self._bounds = (limits.max_events, limits.max_age_ms, limits.max_bytes)
         self._metrics = metrics
@@ -107,7 +116,9 @@ class LeaseKeeper:
         self._last_error: str | None = None
         self._is_refused = False
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew_until_stopped, name=key, daemon=True)
+        self._thread = threading.Thread(
+            target=self._renew_until_stopped, name=self._key, daemon=True
+        )
 
     @property
     def silence_s(self) -> float:
@@ -180,17 +191,39 @@ class LeaseKeeper:
 
     def _renew(self, client: redis.Redis) -> None:
         # First, because it makes the connection: the scripts are told which server that is.
-        before = client.set(self._key, self._value, px=NODE_TTL_MS, get=True)
+        with self._lock:
+            leases = list(self._leases)
+        before = self._show(client, leases)
         if self._is_away:
             _log.info("leases_renewed_again")
         if before is None and not self._is_first:
             self._on_absent()
         self._is_first = self._is_away = self._is_refused = False
         self._contact_s = time.monotonic()
-        with self._lock:
-            leases = list(self._leases)
         if leases:
             self._renew_leases(client, leases)
+
+    def _show(self, client: redis.Redis, leases: list[Lease]) -> bytes | None:
+        """Write the worker's key; give what it held before."""
+        runs = [
+            RunAtWork(lease.user.user_id, lease.run_id, lease.agent, lease.since_ms)
+            for lease in leases
+        ]
+        now_ms = time.time_ns() // 1_000_000
+        with client.pipeline(transaction=False) as pipe:
+            pipe.set(self._key, encode_card(self._card, runs), px=NODE_TTL_MS, get=True)
+            pipe.zadd(self._index, {self._worker_id: now_ms})
+            if self._is_first:
+                # Whoever was killed cannot leave by itself.
+                pipe.zremrangebyscore(self._index, 0, now_ms - WORKER_INDEX_TTL_MS)
+            before, *indexed = pipe.execute(raise_on_error=False)
+        if isinstance(before, RedisError):
+            raise before
+        for reply in indexed:
+            if isinstance(reply, RedisError):
+                # Operators do not see us then. That must not cost a run its lease.
+                _log.debug("worker_not_indexed", reason=str(reply))
+        return cast("bytes | None", before)
 
     def _renew_leases(self, client: redis.Redis, leases: list[Lease]) -> None:
         answers = self._send(client, leases)
@@ -239,6 +272,7 @@ class LeaseKeeper:
     def _remove(self, client: redis.Redis) -> None:
         try:
             client.delete(self._key)
+            client.zrem(self._index, self._worker_id)
         except RedisError as error:
             # It expires by itself within seconds.
             _log.debug("worker_key_not_removed", reason=str(error))

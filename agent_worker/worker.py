@@ -10,12 +10,12 @@ import os
 import secrets
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import Self, TypeVar
 
-import orjson
 import structlog
 
 from agent_worker.definition import (
@@ -38,6 +38,7 @@ from relay.reaper import Reaper
 from relay.run_model import RunLimits
 from relay.runs import RunRegistry
 from relay.scripts import LogLimits, RedisLink, ScriptFailed
+from relay.workers import WorkerCard
 
 AgentFunction = TypeVar("AgentFunction", bound=Callable[..., object])
 
@@ -213,14 +214,14 @@ class RunningWorker:
         )
         self._leases = LeaseKeeper(
             settings.redis_url,
-            keys.worker(self.worker_id),
-            orjson.dumps(
-                {
-                    "name": name,
-                    "agents": sorted(definitions),
-                    "host": socket.gethostname(),
-                    "pid": os.getpid(),
-                }
+            keys,
+            self.worker_id,
+            WorkerCard(
+                name=name,
+                agents=tuple(sorted(definitions)),
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                started_ms=time.time_ns() // 1_000_000,
             ),
             lease_ms=settings.lease_ms,
             limits=limits,
