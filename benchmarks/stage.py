@@ -53,10 +53,18 @@ class Plan:
 
 
 class Stage:
-    """The processes of one measurement. Gateways get the processor that ``placement`` keeps."""
+    """The processes of one measurement.
 
-    def __init__(self, plan: Plan) -> None:
+    Args:
+        plan: Its size.
+        is_pinned: Whether gateways get the processor that the plan's placement keeps for them.
+            Their cost is then clean; latencies of a whole stack are not, since the rest of it
+            has to share what is left.
+    """
+
+    def __init__(self, plan: Plan, *, is_pinned: bool = True) -> None:
         self.folder = plan.folder
+        self._is_pinned = is_pinned
         self._plan = plan
         self._stack = ExitStack()
 
@@ -72,7 +80,7 @@ class Stage:
         self._stack.close()
 
     def _start(self, role: str, start: Callable[[], _Started]) -> _Started:
-        with self._plan.placement.of(role):
+        with self._plan.placement.of(role if self._is_pinned else "anywhere"):
             started = start()
         self._stack.callback(started.stop)
         return started

@@ -34,7 +34,7 @@ def measure(plan: Plan) -> Section:
     plan.say("example runs")
     table = Table(["agent", "first run ms", *DISTRIBUTION_COLUMNS, "events"])
     section = Section(NAME, "A whole example run", _METHOD, tables=[table])
-    with Stage(plan) as stage:
+    with Stage(plan, is_pinned=False) as stage:
         server = stage.redis()
         port = stage.gateway(server).port
         for reference in sorted({reference for reference, _ in _RUNS.values()}):

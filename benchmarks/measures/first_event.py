@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from benchmarks.canary import Canary
 from benchmarks.figures import DISTRIBUTION_COLUMNS, Check, Section, Table, distribution_of
 from benchmarks.load import token_for
 from benchmarks.processes import ROOT
@@ -31,7 +32,7 @@ _TEXT = "the quick brown fox jumps over the lazy dog and the cat"
 def measure(plan: Plan) -> Section:
     plan.say("first event after a request")
     samples = plan.size(400, 60)
-    with Stage(plan) as stage:
+    with Stage(plan, is_pinned=False) as stage, Canary() as canary:
         server = stage.redis()
         ports = [stage.gateway(server).port for _ in range(2)]
         stage.worker(server, "quickstart:worker", str(ROOT / "examples"))
@@ -48,6 +49,7 @@ def measure(plan: Plan) -> Section:
                     Check(f"p99 to `{kind}`, {title}", distribution.p99_ms, LIMIT_MS, "ms")
                 )
     section.tables = [table]
+    section.notes.append(canary.note())
     return section
 
 

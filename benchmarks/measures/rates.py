@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
+from benchmarks.canary import Canary
 from benchmarks.figures import DISTRIBUTION_COLUMNS, Section, Table, over_rounds
 from benchmarks.load import (
     Count,
@@ -37,7 +38,7 @@ def measure(plan: Plan) -> Section:
         "Latency at fixed rates",
         _METHOD.format(users=users, rounds=rounds, seconds=seconds),
     )
-    with Stage(plan) as stage:
+    with Stage(plan) as stage, Canary() as canary:
         candidates = _start(stage, users)
         for number in range(rounds):
             for rate in rates:
@@ -61,6 +62,7 @@ def measure(plan: Plan) -> Section:
         table.rows.append([f"{rate:,}", name, *latency.cells(), delivered, cost])
         section.figures[f"rates.{rate}.{name}.p99_ms"] = latency.p99_ms
     section.tables = [table]
+    section.notes.append(canary.note())
     return section
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.canary import Canary
 from benchmarks.figures import DISTRIBUTION_COLUMNS, Check, Section, Table
 from benchmarks.load import relay_target
 from benchmarks.stage import Plan, Stage
@@ -21,7 +22,7 @@ Every event arrived once and in order, or there would be no figures here."""
 def measure(plan: Plan) -> Section:
     seconds = plan.size(10, 2)
     plan.say(f"{USERS} users, {RATE} events a second each, for {seconds} s")
-    with Stage(plan) as stage:
+    with Stage(plan, is_pinned=False) as stage, Canary() as canary:
         server = stage.redis()
         gateways = [stage.gateway(server) for _ in range(2)]
         publisher = stage.publisher(server, "paced", USERS, RATE, seconds)
@@ -53,6 +54,7 @@ def measure(plan: Plan) -> Section:
         "Sustained events through the whole path",
         _METHOD.format(users=USERS, rate=RATE, seconds=seconds),
         tables=[table, costs],
+        notes=[canary.note()],
         checks=[Check("p99 from publish to client", count.latency.p99_ms, P99_LIMIT_MS, "ms")],
         figures={"sustained.p99_ms": count.latency.p99_ms},
     )
