@@ -66,7 +66,9 @@ local function read_text(name, last)
   return {last, name, int(before), text, run[1], run[2], run[3]}
 end
 
-local stored = redis.call('XRANGE', LOG, int(after + 1) .. '-0', '+', 'COUNT', PAGE_ENTRIES)
+-- What lies above the offset was left by a script that failed; nobody was told of it.
+local stored = redis.call('XRANGE', LOG, int(after + 1) .. '-0', int(channel.offset) .. '-0',
+  'COUNT', PAGE_ENTRIES)
 local log_end = channel.offset
 if #stored == PAGE_ENTRIES then
   log_end = tonumber(string.match(stored[PAGE_ENTRIES][1], '^(%d+)'))
