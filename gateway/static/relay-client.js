@@ -542,7 +542,11 @@ export class Inbox {
     switch (frame.type) {
       case "connection_established":
         this.disconnected();
-        this.position = parsePosition(frame.position) ?? this.position;
+        // Not recovered: a reset follows. Should the connection end before it has come, the next
+        // one must be asked about the old position again.
+        if (frame.recovered !== false || !this.position) {
+          this.position = parsePosition(frame.position) ?? this.position;
+        }
         return [{ kind: "control", frame }];
       case "reset":
         this.disconnected();
@@ -576,12 +580,15 @@ export class Inbox {
 
   #part({ offset, index, total, text }) {
     if (offset <= (this.position?.offset ?? -1)) return [];
-    const parts = this.#assembling.get(offset) ?? { texts: new Array(total), missing: total };
-    this.#assembling.set(offset, parts);
-    if (parts.texts[index] === undefined) {
-      parts.texts[index] = text;
-      parts.missing -= 1;
+    let parts = this.#assembling.get(offset);
+    // A part that is there already: the event is sent anew from its beginning, and after a rewind
+    // it may be another one.
+    if (!parts || parts.texts[index] !== undefined) {
+      parts = { texts: new Array(total), missing: total };
+      this.#assembling.set(offset, parts);
     }
+    parts.texts[index] = text;
+    parts.missing -= 1;
     if (parts.missing > 0) return [];
     this.#assembling.delete(offset);
     return this.#event({ ...JSON.parse(parts.texts.join("")), offset });

@@ -214,7 +214,10 @@ class ClientState:
                 return []
 
     def _establish(self, frame: Fields) -> Connected:
-        self._move(parse_position(frame["position"]))
+        # A reset follows where nothing could be recovered. Should the connection end before it
+        # has come, the next one must be asked about the old position again.
+        if frame["recovered"] or self._position is None:
+            self._move(parse_position(frame["position"]))
         self.heartbeat_ms = int(frame["heartbeat_ms"])
         return Connected(
             position=frame["position"],
@@ -252,6 +255,9 @@ class ClientState:
         if not 0 <= index < total:
             raise ValueError(f"part {index} of {total}")
         parts = self._parts.setdefault(offset, {})
+        if index in parts:
+            # The event is sent anew from its beginning; after a rewind it may be another one.
+            parts.clear()
         parts[index] = str(frame["text"])
         if len(parts) < total:
             if sum(map(len, parts.values())) > MAX_PART_BYTES:

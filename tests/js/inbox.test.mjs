@@ -64,6 +64,24 @@ test("the position is the offset of the last event in the current epoch", () => 
   assert.equal(inbox.since, "e1:5");
 });
 
+test("until the reset has come the old position is asked for", () => {
+  const inbox = connected("e1:7");
+  inbox.receive(established("e2:2", { recovered: false }));
+  assert.equal(inbox.since, "e1:7");
+  inbox.receive({ type: "reset", position: "e2:2", runs: [] });
+  assert.equal(inbox.since, "e2:2");
+});
+
+test("parts that begin anew are of the new event", () => {
+  const inbox = connected();
+  const [old] = parts({ type: "notice", offset: 1, data: { body: "old" } }, 20);
+  inbox.receive(old);
+  inbox.receive({ type: "heartbeat", position: "e2:0" });
+  const fresh = parts({ type: "notice", offset: 1, data: { body: "new" } }, 30);
+  const effects = fresh.flatMap((part) => inbox.receive(part));
+  assert.equal(effects.find(({ kind }) => kind === "event").event.data.body, "new");
+});
+
 test("an offset that was seen is ignored", () => {
   const inbox = connected();
   const history = new History();

@@ -246,6 +246,26 @@ def test_parts_of_a_lost_connection_are_forgotten() -> None:
     assert offsets(receive(state, **first)) == [1]
 
 
+def test_parts_that_begin_anew_are_of_the_new_event() -> None:
+    state = connected()
+    old, new = parts(event(1, 1), 3), parts(event(1, 1, run_id="r2"), 2)
+    for frame in old[:2]:
+        receive(state, **frame)
+    receive(state, type="heartbeat", position="f:0")
+    assert receive(state, **new[0]) == []
+    [whole] = receive(state, **new[1])
+    assert isinstance(whole, Event)
+    assert whole.run_id == "r2"
+
+
+def test_until_the_reset_has_come_the_old_position_is_asked_for() -> None:
+    state = connected("e:7")
+    receive(state, **established("f:2", recovered=False))
+    assert state.since == "e:7"
+    receive(state, type="reset", position="f:2", reason="history_rewound", runs=[])
+    assert state.since == "f:2"
+
+
 def test_part_beyond_its_total_is_a_broken_gateway() -> None:
     frame = parts(event(1), 2)[1] | {"index": 2}
     with pytest.raises(DecodingFailed, match="event_part"):
