@@ -12,7 +12,7 @@ from tests.faults.accounts import arrive, verify
 from tests.faults.conftest import Report
 from tests.faults.load import Load, keep_publishing
 from tests.faults.sizes import sized
-from tests.support.fleet import Fleet, percentile
+from tests.support.fleet import EventStreamClient, Fleet, percentile
 from tests.support.stack import Stack
 
 
@@ -44,6 +44,7 @@ async def test_gateways_killed_in_turn_cost_no_event(
             for user_id in users:
                 for _ in range(size.clients_per_user):
                     fleet.add(user_id)
+            fleet.add(users[0], kind=EventStreamClient)
             await fleet.connect()
             runs = [await load.open(user_id) for user_id in users]
             end_s = time.monotonic() + size.seconds

@@ -16,7 +16,7 @@ from tests.faults.accounts import arrive, verify
 from tests.faults.conftest import Report
 from tests.faults.load import Load, keep_publishing
 from tests.faults.sizes import sized
-from tests.support.fleet import Fleet, FleetClient, percentile
+from tests.support.fleet import EventStreamClient, Fleet, FleetClient, percentile
 from tests.support.proxy import TcpProxy
 from tests.support.stack import Stack
 
@@ -52,6 +52,7 @@ async def test_a_large_result_arrives_whole_and_delays_nobody(
             async with Fleet(stack.urls, stack.token) as fleet:
                 tab = fleet.add("alice", name="tab")
                 slow = fleet.add("alice", name="slow", urls=[modem.url])
+                stream = fleet.add("alice", name="stream", kind=EventStreamClient)
                 other = fleet.add("bob", name="other")
                 await fleet.connect()
                 run, others_run = await load.open("alice"), await load.open("bob")
@@ -67,6 +68,7 @@ async def test_a_large_result_arrives_whole_and_delays_nobody(
                     began_s = time.monotonic()
                     await run.complete(result)
                     fast_s = await tab.until(lambda one: one.has_ended(run.run_id), 60.0)
+                    stream_s = await stream.until(lambda one: one.has_ended(run.run_id), 60.0)
                     slow_s = await slow.until(lambda one: one.has_ended(run.run_id), 300.0)
                     ended_s = time.monotonic()
                 finally:
@@ -76,7 +78,7 @@ async def test_a_large_result_arrives_whole_and_delays_nobody(
                 await others_run.complete()
                 await arrive(load.runs, fleet.clients)
                 verify(load.runs, fleet.clients)
-                for client in (tab, slow):
+                for client in (tab, slow, stream):
                     assert client.events[-1]["data"]["result"] == result
                 assert not fleet.outages()
                 delays = [
@@ -91,7 +93,8 @@ async def test_a_large_result_arrives_whole_and_delays_nobody(
                 report(
                     mebibytes=size.result_bytes / 1_048_576,
                     fast_tab_ms=fast_s * 1_000,
-                    slow_tab_s=fast_s + slow_s,
+                    event_stream_ms=(fast_s + stream_s) * 1_000,
+                    slow_tab_s=fast_s + stream_s + slow_s,
                     others_p99_ms=percentile(delays, 0.99),
                     others_max_ms=max(delays),
                     omem_max=omem,

@@ -7,6 +7,7 @@ come back and resume; only what comes in is written down before the client may i
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import random
 import time
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
+
+import httpx
 
 from relay.client import Connected, Disconnected, Event, RelayClient, Reset, SequenceHole, Update
 from relay.client.state import ClientState, Fields, Reply
@@ -28,6 +31,7 @@ Record = Callable[[Frame, Sequence[Update | Reply]], None]
 
 OPEN_AT_ONCE = 40
 OPEN_DEADLINE_S = 60.0
+STREAM_RETRY_S = 0.2
 CONTROL_TYPES = frozenset({"connection_established", "heartbeat", "reset", "reconnect", "degraded"})
 
 
@@ -238,16 +242,95 @@ class FleetClient:
                 self._lost = None
         self._changed.set()
 
+    def _note_loss(self, reason: str) -> None:
+        now_s = time.monotonic()
+        self.closed_at_s.append((now_s, reason))
+        if self._lost is None:
+            self._lost = (now_s, reason)
+        self._changed.set()
+
     async def _read(self, client: RelayClient) -> None:
         async for update in client.updates():
             if isinstance(update, Disconnected):
-                now_s = time.monotonic()
-                self.closed_at_s.append((now_s, update.reason))
-                if self._lost is None:
-                    self._lost = (now_s, update.reason)
-                self._changed.set()
+                self._note_loss(update.reason)
             elif isinstance(update, Connected | Reset):
                 self._changed.set()
+
+
+class EventStreamClient(FleetClient):
+    """A client of ``/v1/events`` that resumes with ``Last-Event-ID``."""
+
+    def __init__(
+        self, name: str, user_id: str, urls: Sequence[str], token: str, since: str = "active"
+    ) -> None:
+        super().__init__(name, user_id, urls, token, since)
+        self._state = _RecordingState(since, self._record)
+        self._last_id = ""
+        self._is_open = False
+
+    @property
+    def position(self) -> str | None:
+        """Where the next event follows."""
+        return self._state.position
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a stream is established right now."""
+        return self._is_open
+
+    async def start(self, since: str | None = None) -> None:
+        """Connect; return when established."""
+        self.since = since or self.since
+        self._reading = asyncio.create_task(self._keep_reading(), name=f"stream {self.name}")
+        await self.until(lambda one: one.is_connected, OPEN_DEADLINE_S)
+
+    async def leave(self) -> None:
+        """Disconnect, as a closed tab does; ``start`` comes back."""
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    async def _keep_reading(self) -> None:
+        async with httpx.AsyncClient(trust_env=False, timeout=OPEN_DEADLINE_S) as client:
+            for url in itertools.cycle(self.urls):
+                reason = "the stream ended"
+                try:
+                    await self._read_stream(client, url)
+                except httpx.TransportError as error:
+                    reason = repr(error)
+                finally:
+                    self._is_open = False
+                self._note_loss(reason)
+                await asyncio.sleep(STREAM_RETRY_S)
+
+    async def _read_stream(self, client: httpx.AsyncClient, url: str) -> None:
+        headers = {"Authorization": f"Bearer {self._token}"}
+        if self._last_id:
+            headers["Last-Event-ID"] = self._last_id
+        query = {"since": self.since, "client_id": self.name}
+        self._state.opening()
+        async with client.stream(
+            "GET", f"{url}/v1/events", params=query, headers=headers
+        ) as answer:
+            if answer.status_code != httpx.codes.OK:
+                return
+            rest = bytearray()
+            async for chunk in answer.aiter_bytes():
+                rest += chunk
+                # An end of a block can only be in what is new, or at the seam before it.
+                if b"\n\n" in rest[-len(chunk) - 1 :]:
+                    *blocks, rest = rest.split(b"\n\n")
+                    for block in blocks:
+                        self._take_block(bytes(block))
+
+    def _take_block(self, block: bytes) -> None:
+        fields = dict(line.split(b": ", 1) for line in block.split(b"\n"))
+        if b"event" in fields:
+            return
+        self._last_id = fields.get(b"id", self._last_id.encode()).decode()
+        self._is_open = True
+        self._state.receive(fields[b"data"])
 
 
 class Fleet:
@@ -283,10 +366,11 @@ class Fleet:
         since: str = "active",
         name: str | None = None,
         urls: Sequence[str] | None = None,
+        kind: type[FleetClient] = FleetClient,
     ) -> FleetClient:
         """Add a client that is not yet connected."""
         order = list(urls) if urls is not None else self._random.sample(self.urls, len(self.urls))
-        client = FleetClient(
+        client = kind(
             name or f"{user_id}/{len(self.clients)}", user_id, order, self._token(user_id), since
         )
         self.clients.append(client)
