@@ -27,7 +27,7 @@ from benchmarks.processes import (
     raise_file_limit,
     stop_in_order_on_sigterm,
 )
-from benchmarks.report import render
+from benchmarks.report import fault_rounds_in, render
 from benchmarks.stage import Plan
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -71,7 +71,8 @@ def main() -> int:
     seconds = time.monotonic() - began_s
     path = options.output or (None if options.quick or options.only else RESULTS)
     if path is not None:
-        path.write_text(render(sections, _command(options), load_before, seconds))
+        kept = fault_rounds_in(path)
+        path.write_text(render(sections, _command(options), load_before, seconds) + kept)
         print(f"Written: {path}")
     print(f"Took {seconds:.0f} s.")
     missed = [check for section in sections for check in section.checks if not check.is_met]

@@ -15,6 +15,8 @@ from benchmarks.processes import ROOT
 
 _PACKAGES = ("uvicorn", "starlette", "websockets", "uvloop", "redis", "hiredis", "msgpack")
 
+_FAULT_ROUNDS = "\n## Fault rounds\n"
+
 _HEAD = """\
 # Benchmark results
 
@@ -35,6 +37,13 @@ def render(sections: Sequence[Section], command: str, load_before: float, second
         parts.append(f"Bounds met: {met} of {len(checks)}.\n")
     parts += [section.markdown() for section in sections]
     return "\n".join(parts)
+
+
+def fault_rounds_in(path: Path) -> str:
+    """Give the section about fault rounds, which `make faults` measures and a new run keeps."""
+    text = path.read_text() if path.exists() else ""
+    _, heading, rest = text.partition(_FAULT_ROUNDS)
+    return heading + rest
 
 
 def _machine(load_before: float, seconds: float) -> str:
