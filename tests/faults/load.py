@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from agent_worker.patience import until_redis_answers
-from relay.errors import PublishRefused
 from relay.events import EventType
 from relay.keys import Keys
 from relay.publisher import Publisher
@@ -225,6 +224,3 @@ async def keep_publishing(
                 await run.delta(padding=padding)
         await asyncio.sleep(0.005)
     return steps
-
-
-__all__ = ["AGENT", "Load", "LoadRun", "PublishRefused", "keep_publishing"]
