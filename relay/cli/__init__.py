@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from relay import __version__
-from relay.cli import console, doctor, follow, serve, token, up
+from relay.cli import console, doctor, follow, operators, requests, serve, token, up
 from relay.errors import RelayError
 
 _HELP = """
@@ -39,9 +39,14 @@ app.command("up", rich_help_panel=_TRY)(up.up)
 app.command("gateway", rich_help_panel=_RUN)(serve.gateway)
 app.command("worker", rich_help_panel=_RUN)(serve.worker)
 app.command("doctor", rich_help_panel=_RUN)(doctor.doctor)
+app.command("workers", rich_help_panel=_RUN)(operators.workers)
+app.add_typer(operators.dead_letters, name="dead-letters", rich_help_panel=_RUN)
 app.command("token", rich_help_panel=_USE)(token.token)
 app.command("send", rich_help_panel=_USE)(follow.send)
 app.command("tail", rich_help_panel=_USE)(follow.tail)
+app.command("runs", rich_help_panel=_USE)(requests.runs)
+app.command("cancel", rich_help_panel=_USE)(requests.cancel)
+app.command("answer", rich_help_panel=_USE)(requests.answer)
 
 
 def _print_version(is_asked: bool) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import signal
 import sys
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated
 
 import orjson
@@ -14,6 +14,7 @@ import typer
 from rich.text import Text
 
 from relay.cli import console
+from relay.cli.asking import Asker, terminal_lines
 from relay.cli.local import gateway_addresses, token_source
 from relay.cli.story import RunStory, Say, summarize
 from relay.cli.view import View, view_for
@@ -86,15 +87,16 @@ def send(
     url: Url = None,
     token: Token = None,
 ) -> None:
-    """Ask an agent and watch it work.
+    """Ask an agent and watch it work; answer what it asks.
 
     The answer goes to stdout as it is written. Ctrl-C stops the run. Exit code 0: completed,
     2: the agent failed, 130: stopped.
     """
     text = sys.stdin.read() if content == "-" else content
-    client = _client(url, user, token, since="now")
-    sending = _Sending(client, text, thread or f"terminal-{uuid.uuid4().hex[:12]}", agent)
-    raise typer.Exit(asyncio.run(_interruptible(sending.run, sending.interrupt)))
+    client = client_for(url, user, token, since="now")
+    thread_id = thread or f"terminal-{uuid.uuid4().hex[:12]}"
+    sending = _Sending(client, text, thread_id, agent, answer_options(url, user))
+    raise typer.Exit(asyncio.run(interruptible(sending.run, sending.interrupt)))
 
 
 def tail(
@@ -115,11 +117,16 @@ def tail(
     token: Token = None,
 ) -> None:
     """Print a user's events as they come, one line each, until Ctrl-C."""
-    client = _client(url, user, token, since=since)
-    raise typer.Exit(asyncio.run(_interruptible(lambda: _tail(client, as_json=as_json), None)))
+    client = client_for(url, user, token, since=since)
+    raise typer.Exit(asyncio.run(interruptible(lambda: _tail(client, as_json=as_json), None)))
 
 
-def _client(url: str | None, user: str | None, token: str | None, *, since: str) -> RelayClient:
+def client_for(url: str | None, user: str | None, token: str | None, *, since: str) -> RelayClient:
+    """Make the client of a command's user.
+
+    Raises:
+        ConfigurationError: Nobody is named, or no token can be made for them.
+    """
     settings = load_settings()
     if token is None and user is None:
         raise ConfigurationError("Say who you are: --user ID, or --token JWT.")
@@ -127,7 +134,14 @@ def _client(url: str | None, user: str | None, token: str | None, *, since: str)
     return RelayClient(gateway_addresses(settings, url), source, since=since)
 
 
-async def _interruptible(
+def answer_options(url: str | None, user: str | None) -> list[str]:
+    """Give the options with which another command speaks for the same user."""
+    # A token is never printed.
+    speaker = ["--user", user] if user is not None else ["--token", "JWT"]
+    return speaker if url is None else [*speaker, "--url", url]
+
+
+async def interruptible(
     work: Callable[[], Awaitable[int]], on_interrupt: Callable[[], bool] | None
 ) -> int:
     """Run ``work``; Ctrl-C ends it, unless ``on_interrupt`` says that it ends by itself."""
@@ -151,12 +165,18 @@ class _Sending:
     """One question and the run that answers it."""
 
     def __init__(
-        self, client: RelayClient, content: str, thread_id: str, agent: str | None
+        self,
+        client: RelayClient,
+        content: str,
+        thread_id: str,
+        agent: str | None,
+        options: Sequence[str],
     ) -> None:
         self._client = client
         self._content = content
         self._thread_id = thread_id
         self._agent = agent
+        self._options = options
         self._run_id: str | None = None
         self._is_interrupted = False
         self._troubles = Troubles()
@@ -167,11 +187,16 @@ class _Sending:
         with view_for(console.out) as view:
             view.wait_on("Connecting")
             async with self._client as client:
-                accepted = await client.send_message(
-                    self._content, thread_id=self._thread_id, agent=self._agent
-                )
-                self._run_id = accepted.run_id
-                return await self._follow(RunStory(accepted.run_id), view)
+                asker = Asker(client, view, terminal_lines(), self._options)
+                try:
+                    accepted = await client.send_message(
+                        self._content, thread_id=self._thread_id, agent=self._agent
+                    )
+                    self._run_id = accepted.run_id
+                    asker.follow(accepted.run_id)
+                    return await self._follow(RunStory(accepted.run_id), view, asker)
+                finally:
+                    await asker.aclose()
 
     def interrupt(self) -> bool:
         """Stop the run; tell whether it ends by itself now. The second time it does not."""
@@ -188,7 +213,7 @@ class _Sending:
             # Most likely the run has just ended; its end is on its way then.
             console.print_warning(str(error))
 
-    async def _follow(self, story: RunStory, view: View) -> int:
+    async def _follow(self, story: RunStory, view: View, asker: Asker) -> int:
         view.wait_on(story.status)
         updates = self._client.updates()
         while story.ended_by is None:
@@ -197,6 +222,7 @@ class _Sending:
                 for line in story.receive(update):
                     view.show(line)
                 view.wait_on(story.status)
+                asker.receive(update)
             else:
                 self._show_trouble(update, view)
         return {"agent_completed": COMPLETED, "agent_error": AGENT_ERROR}.get(

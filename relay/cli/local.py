@@ -13,7 +13,7 @@ from pathlib import Path
 
 import orjson
 
-from relay.config import Settings
+from relay.config import Settings, load_settings
 from relay.errors import ConfigurationError
 from relay.tokens import mint_token
 
@@ -157,6 +157,15 @@ def gateway_addresses(settings: Settings, url: str | None) -> list[str]:
         return running.gateways
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104
     return [f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"]
+
+
+def operator_settings(redis_url: str | None) -> Settings:
+    """Give the settings of a command that speaks to Redis: of ``relay up`` here, unless told."""
+    settings = load_settings(redis_url=redis_url)
+    running = default_folder().running()
+    if running is None or "redis_url" in settings.model_fields_set:
+        return settings
+    return load_settings(redis_url=running.redis_url, key_prefix=running.key_prefix)
 
 
 def _write_private(path: Path, content: bytes) -> None:

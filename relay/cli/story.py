@@ -123,8 +123,12 @@ class RunStory:
                 self._tools.pop(data["tool_call_id"], None)
                 return [_tell_tool(data)]
             case "input_requested":
+                # Whoever can also answer puts the question: relay.cli.asking.
                 self._status = "Waiting for an answer"
-                return [Say("?", "care", f"{data['prompt']} (answer it on the page)")]
+                return []
+            case "input_resolved":
+                self._status = "Working"
+                return []
             case "agent_stalled":
                 return [Say("!", "care", f"Nothing heard for {_seconds(data['idle_ms'])}")]
             case "agent_retrying":

@@ -35,6 +35,15 @@ class View(Protocol):
     def wait_on(self, status: str) -> None:
         """Show what is going on."""
 
+    def pause(self) -> None:
+        """Redraw nothing until ``resume``: somebody types."""
+
+    def prompt(self, text: str) -> None:
+        """Say what to type, and leave the cursor behind it."""
+
+    def resume(self) -> None:
+        """Nobody types any more."""
+
 
 class LiveView:
     """The answer grows on the terminal, what runs spins below it.
@@ -48,10 +57,13 @@ class LiveView:
         self._line = ""
         self._last: type[Say | Write] = Say
         self._spinner = Spinner("dots", style="name")
-        self._live = Live(console=target, refresh_per_second=12.5, transient=True)
+        self._live = self._new_live()
+
+    def _new_live(self) -> Live:
+        return Live(console=self._console, refresh_per_second=12.5, transient=True)
 
     def __enter__(self) -> Self:
-        self._live.__enter__()
+        self._live.start()
         return self
 
     def __exit__(
@@ -61,7 +73,7 @@ class LiveView:
         traceback: TracebackType | None,
     ) -> None:
         self._finish_line()
-        self._live.__exit__(kind, error, traceback)
+        self._live.stop()
 
     def show(self, line: Say | Write) -> None:
         """Add a line about what happens, or a piece of the answer."""
@@ -82,6 +94,22 @@ class LiveView:
     def wait_on(self, status: str) -> None:
         """Show what is going on."""
         self._spinner.update(text=Text(printable(status), style="quiet"))
+        self._redraw()
+
+    def pause(self) -> None:
+        """Take the spinner away until ``resume``: it would overwrite what is typed."""
+        self._finish_line()
+        self._live.stop()
+
+    def prompt(self, text: str) -> None:
+        """Say what to type, and leave the cursor behind it."""
+        self._console.print(Text(text, style="care"), end="")
+
+    def resume(self) -> None:
+        """Show the spinner again."""
+        # A new one: the old one remembers how many lines to go up, over what was typed since.
+        self._live = self._new_live()
+        self._live.start()
         self._redraw()
 
     def _finish_line(self) -> None:
@@ -125,6 +153,16 @@ class PlainView:
 
     def wait_on(self, status: str) -> None:
         """What is going on is told when it is over."""
+
+    def pause(self) -> None:
+        """Nothing is ever redrawn here."""
+
+    def prompt(self, text: str) -> None:
+        """Say what to type, and leave the cursor behind it."""
+        console.err.print(Text(text, style="care"), end="")
+
+    def resume(self) -> None:
+        """Nothing is ever redrawn here."""
 
 
 def view_for(target: Console) -> View:
