@@ -13,8 +13,9 @@ import redis.asyncio
 
 from tests.conftest import OwnRedis
 from tests.faults.accounts import arrive, verify
+from tests.faults.bystander import bystander
 from tests.faults.conftest import Report
-from tests.faults.load import Load, keep_publishing
+from tests.faults.load import Load
 from tests.faults.sizes import sized
 from tests.support.fleet import EventStreamClient, Fleet, FleetClient, percentile
 from tests.support.proxy import TcpProxy
@@ -35,7 +36,7 @@ class Size:
 
 
 @sized(
-    small=Size(2 * 1_048_576, slow_bytes_per_s=524_288, heartbeat_ms=2_000, others_limit_ms=500),
+    small=Size(2 * 1_048_576, slow_bytes_per_s=524_288, heartbeat_ms=2_000, others_limit_ms=1_000),
     full=Size(10 * 1_048_576, slow_bytes_per_s=131_072, heartbeat_ms=5_000, others_limit_ms=50),
 )
 async def test_a_large_result_arrives_whole_and_delays_nobody(
@@ -53,39 +54,30 @@ async def test_a_large_result_arrives_whole_and_delays_nobody(
                 tab = fleet.add("alice", name="tab")
                 slow = fleet.add("alice", name="slow", urls=[modem.url])
                 stream = fleet.add("alice", name="stream", kind=EventStreamClient)
-                other = fleet.add("bob", name="other")
                 await fleet.connect()
-                run, others_run = await load.open("alice"), await load.open("bob")
+                run = await load.open("alice")
                 result = _result(size.result_bytes)
                 is_over = asyncio.Event()
-                others = asyncio.create_task(
-                    keep_publishing([others_run], 100, is_over.is_set, lifecycle_share=2)
-                )
                 watching = asyncio.create_task(_largest_omem(redis_client, is_over))
                 try:
-                    await asyncio.sleep(1.0)
-                    await run.think()
-                    began_s = time.monotonic()
-                    await run.complete(result)
-                    fast_s = await tab.until(lambda one: one.has_ended(run.run_id), 60.0)
-                    stream_s = await stream.until(lambda one: one.has_ended(run.run_id), 60.0)
-                    slow_s = await slow.until(lambda one: one.has_ended(run.run_id), 300.0)
-                    ended_s = time.monotonic()
+                    # In a process of its own: this one is busy with ten megabytes, three times.
+                    async with bystander(stack, gateway, tmp_path) as other:
+                        await run.think()
+                        began_s = time.monotonic()
+                        await run.complete(result)
+                        fast_s = await tab.until(lambda one: one.has_ended(run.run_id), 60.0)
+                        stream_s = await stream.until(lambda one: one.has_ended(run.run_id), 60.0)
+                        slow_s = await slow.until(lambda one: one.has_ended(run.run_id), 300.0)
+                        ended_s = time.monotonic()
                 finally:
                     is_over.set()
-                await others
                 omem = await watching
-                await others_run.complete()
                 await arrive(load.runs, fleet.clients)
                 verify(load.runs, fleet.clients)
                 for client in (tab, slow, stream):
                     assert client.events[-1]["data"]["result"] == result
                 assert not fleet.outages()
-                delays = [
-                    other.delay_s(index) * 1_000
-                    for index, event in enumerate(other.events)
-                    if event["type"] == "agent_thinking"
-                ]
+                delays = other.delays_ms
                 gaps = {
                     client.name: _longest_without_heartbeat(client, began_s, ended_s)
                     for client in fleet.clients
@@ -104,7 +96,7 @@ async def test_a_large_result_arrives_whole_and_delays_nobody(
                 silent_s = SILENT_HEARTBEATS * size.heartbeat_ms / 1_000
                 assert max(gaps.values()) < silent_s, gaps
                 assert omem < OMEM_LIMIT_BYTES
-                assert percentile(delays, 0.99) < size.others_limit_ms
+                assert max(delays) < size.others_limit_ms
 
 
 def _result(size: int) -> str:
