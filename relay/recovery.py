@@ -31,6 +31,9 @@ PART_THRESHOLD_BYTES = 256 * 1024
 
 PART_BYTES = 64 * 1024
 
+PUBLICATION_OVERHEAD_BYTES = 400
+"""What a kept publication costs beside its bytes: the object, its fields, its place in the ring."""
+
 Since = Position | Literal["active", "now", "0"]
 
 
@@ -346,10 +349,10 @@ class Feed:
         self.head = publication.offset
         self._seen = max(self._seen, self.head)
         self._ring.append(publication)
-        self._ring_bytes += len(publication.event)
+        self._ring_bytes += _kept_bytes(publication)
         while self._ring_bytes > self._ring_budget and self._ring:
             oldest = self._ring.popleft()
-            self._ring_bytes -= len(oldest.event)
+            self._ring_bytes -= _kept_bytes(oldest)
             self._ring_from = oldest.offset
 
     def _contradicts_ring(self, publication: Publication) -> bool:
@@ -719,6 +722,11 @@ class _Body:
             publication.run_id,
             b"".join(self._pieces),
         )
+
+
+def _kept_bytes(publication: Publication) -> int:
+    """Give what a publication in the ring costs: its bytes are held twice, stored and framed."""
+    return 2 * len(publication.event) + PUBLICATION_OVERHEAD_BYTES
 
 
 def surviving_offset(previous: Sequence[Position], epoch: str) -> int | None:

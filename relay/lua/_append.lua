@@ -73,8 +73,12 @@ end
 local function trim(channel)
   local length = redis.call('XLEN', LOG)
   -- Trimming one entry per publish would cost as much as the publish: let a sixteenth gather.
-  local has_many = length > MAX_EVENTS + math.floor(MAX_EVENTS / 16)
-  local is_heavy = channel.bytes > MAX_BYTES
+  local slack = math.floor(MAX_EVENTS / 16)
+  -- Where the last try met a protected run at this length, do not read the head again each time.
+  local is_held = channel.held > 0 and length <= channel.held + slack
+    and length <= 10 * MAX_EVENTS and channel.bytes <= 2 * MAX_BYTES
+  local has_many = length > MAX_EVENTS + slack and not is_held
+  local is_heavy = channel.bytes > MAX_BYTES and not is_held
   if not (has_many or is_heavy or channel.needs_touch) then
     return
   end
@@ -119,13 +123,14 @@ local function trim(channel)
       done = true
     end
   end
+  channel.held = (length > MAX_EVENTS or channel.bytes > MAX_BYTES) and length or 0
 end
 
 -- Writes the channel's counters and publishes the batch. The last step of every append.
 local function commit(channel, batch)
   trim(channel)
   redis.call('HSET', CHANNEL, 'offset', int(channel.offset), 'floor', int(channel.floor),
-    'tail', int(channel.tail), 'bytes', int(channel.bytes))
+    'tail', int(channel.tail), 'bytes', int(channel.bytes), 'held', int(channel.held))
   if channel.needs_touch then
     touch(channel)
   end

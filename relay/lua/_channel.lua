@@ -96,12 +96,12 @@ end
 
 local function open_channel()
   local stored = redis.call('HMGET', CHANNEL,
-    'epoch', 'offset', 'floor', 'tail', 'bytes', 'instance', 'previous', 'touched')
+    'epoch', 'offset', 'floor', 'tail', 'bytes', 'instance', 'previous', 'touched', 'held')
   if not stored[1] then
     -- Rule 2. Entries of a history whose counters are gone would hide behind the new offsets.
     drop_history()
     local channel = {epoch = ARGV[2], offset = 0, floor = 0, tail = 0, bytes = 0,
-      instance = server_instance(), previous = '', touched = NOW, needs_touch = true}
+      instance = server_instance(), previous = '', touched = NOW, held = 0, needs_touch = true}
     redis.call('HSET', CHANNEL, 'epoch', channel.epoch, 'offset', '0', 'floor', '0', 'tail', '0',
       'bytes', '0', 'instance', channel.instance, 'previous', '', 'touched', int(NOW))
     redis.call('PEXPIRE', CHANNEL, MAX_AGE_MS)
@@ -109,7 +109,8 @@ local function open_channel()
   end
   local channel = {epoch = stored[1], offset = tonumber(stored[2]), floor = tonumber(stored[3]),
     tail = tonumber(stored[4]), bytes = tonumber(stored[5]), instance = stored[6],
-    previous = stored[7] or '', touched = tonumber(stored[8] or '0')}
+    previous = stored[7] or '', touched = tonumber(stored[8] or '0'),
+    held = tonumber(stored[9] or '0')}
   if channel.instance ~= ARGV[1] then
     -- Rule 1. Ask the server itself: a caller may have connected before a failover.
     local instance = server_instance()

@@ -75,6 +75,7 @@ local function apply_events(channel, batch, run_id, progress, from, to)
           set('retry_at_ms', int(NOW + tonumber(value)))
         elseif op == 'end' then
           progress.status, progress.ended_at, progress.ended_with = value, offset, event
+          channel.held = 0
         end
       end
     end
