@@ -40,6 +40,7 @@ class SignalListener:
         self._on_cancel = on_cancel
         self._on_answer = on_answer
         self._has_begun = asyncio.Event()
+        self._last_error: str | None = None
         self._subscriber = Subscriber(
             link,
             on_message=self._receive,
@@ -51,6 +52,11 @@ class SignalListener:
     def is_connected(self) -> bool:
         """Whether signals arrive at the moment."""
         return self._subscriber.is_connected
+
+    @property
+    def last_error(self) -> str | None:
+        """What happened when signals were last lost; None if they never were."""
+        return self._last_error
 
     async def start(self) -> None:
         """Listen; return when Redis has confirmed that nothing is missed from here on.
@@ -90,6 +96,7 @@ class SignalListener:
 
     def _lose(self) -> None:
         # The next renewal of the leases brings what was signalled meanwhile: flags and answers.
+        self._last_error = "Redis closed the connection on which signals arrive, or fell silent."
         _log.warning("signals_lost")
 
     def _confirm(self, _channel: str) -> None:

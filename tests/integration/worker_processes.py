@@ -57,6 +57,12 @@ async def approved(run: Run) -> str:
     return "not approved"
 
 
+@worker.agent("calling")
+async def calling(run: Run) -> None:
+    """Call an agent of another worker that does not end."""
+    await run.call_agent("endless", "wait")
+
+
 class WorkerProcess:
     """Seen from the test."""
 

@@ -100,7 +100,7 @@ class Client:
             orjson.loads(splice(fields[b"e"], int(entry_id.split(b"-")[0]), int(fields[b"s"])))
             for entry_id, fields in entries
         ]
-        return [event for event in events if event["run_id"] == run_id]
+        return [event for event in events if event.get("run_id") == run_id]
 
     async def checked_log(self, run_id: str) -> list[dict[str, Any]]:
         """Give the run's events after making sure that they are whole, legal and in order."""
