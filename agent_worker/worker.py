@@ -27,6 +27,7 @@ from agent_worker.definition import (
 from agent_worker.dispatcher import Dispatcher, DispatcherLimits
 from agent_worker.leases import LeaseKeeper
 from agent_worker.metrics import WorkerMetrics
+from agent_worker.metrics_port import metrics_port
 from agent_worker.patience import REDIS_AWAY, until_redis_answers
 from agent_worker.signals import SignalListener
 from agent_worker.task_streams import BLOCK_MS, TaskStreams
@@ -138,14 +139,14 @@ class Worker:
         Call it in the main thread: it installs the signal handlers.
 
         Raises:
-            ConfigurationError: No agent is declared.
+            ConfigurationError: No agent is declared, or the port for metrics is in use.
             RedisUnavailable: Redis does not answer at the start. Once the worker runs, it
                 waits for Redis instead.
             RedisMisconfigured: Redis refuses us at the start, or is too old.
         """
         first, second = asyncio.Event(), asyncio.Event()
         with _signals(first, second):
-            async with self._running(settings, hurry=second) as running:
+            async with self._running(settings, hurry=second) as running, _metrics_of(running):
                 await running.wait_until(first)
                 _log.info(
                     "worker_stopping", active=running.active_count, grace_s=settings.worker_grace_s
@@ -183,6 +184,7 @@ class RunningWorker:
     Attributes:
         worker_id: Names this process among all workers.
         metrics: What it counts.
+        settings: What it was started with.
     """
 
     def __init__(
@@ -194,7 +196,7 @@ class RunningWorker:
     ) -> None:
         self.worker_id = f"{name}-{secrets.token_hex(6)}"
         self.metrics = WorkerMetrics()
-        self._settings = settings
+        self.settings = settings
         self._hurry = hurry
         self._stack = AsyncExitStack()
         keys = Keys(settings.key_prefix)
@@ -335,7 +337,7 @@ class RunningWorker:
         self._dispatcher.end_runs()
         hurrying = asyncio.create_task(self._hurry_when_asked())
         try:
-            grace_s = self._settings.cancel_grace_ms / 1000
+            grace_s = self.settings.cancel_grace_ms / 1000
             await self._dispatcher.close(grace_s + LAST_EVENTS_TIMEOUT_S)
         finally:
             hurrying.cancel()
@@ -370,6 +372,14 @@ class RunningWorker:
         error = None if task.cancelled() else task.exception()
         if error is not None:
             _log.error("worker_state_not_restored", exc_info=error)
+
+
+@asynccontextmanager
+async def _metrics_of(running: RunningWorker) -> AsyncIterator[None]:
+    with metrics_port(running.settings, running.metrics.registry) as port:
+        if port is not None:
+            _log.info("worker_metrics", port=port)
+        yield
 
 
 @contextmanager

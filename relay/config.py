@@ -147,6 +147,13 @@ class Settings(BaseSettings):
         600, 0, _DAY_S, "How long a worker that was asked to stop lets its runs go on."
     )
     worker_concurrency: int = _whole(64, 1, 10_000, "Runs that one worker process carries at once.")
+    worker_metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65_535,
+        description="Where a worker serves its metrics, on `RELAY_ADMIN_HOST`. Nowhere when unset.",
+        json_schema_extra={"allowed": "a whole number from 0 to 65535; 0 takes a free one"},
+    )
     outbox_bytes: int = _whole(
         262_144, 16_384, 64 * _MIB, "What may wait in memory for one slow client."
     )

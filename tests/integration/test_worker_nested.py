@@ -137,13 +137,16 @@ async def test_child_that_is_stopped_is_an_error_above(settings: Settings) -> No
 
 
 async def test_run_whose_parents_worker_is_killed_is_stopped(settings: Settings) -> None:
-    async with Client(settings) as client, worker_process(settings) as process:
-        async with nested_worker().running(settings):
-            run_id = await client.submit("calling")
-            child = await only_child(client, run_id)
-            process.kill()
-            assert (await client.ended(run_id)).as_json()["error"]["code"] == "worker_lost"
-            assert (await client.ended(child)).summary.status == "cancelled"
+    async with (
+        Client(settings) as client,
+        worker_process(settings) as process,
+        nested_worker().running(settings),
+    ):
+        run_id = await client.submit("calling")
+        child = await only_child(client, run_id)
+        process.kill()
+        assert (await client.ended(run_id)).as_json()["error"]["code"] == "worker_lost"
+        assert (await client.ended(child)).summary.status == "cancelled"
 
 
 async def test_attempt_that_may_publish_nothing_may_start_nothing(settings: Settings) -> None:
