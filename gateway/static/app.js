@@ -7,6 +7,7 @@ import { ConversationView } from "./conversation.js";
 import { titleOf } from "./describe.js";
 import { icon, setText } from "./dom.js";
 import { drawEmpty } from "./empty.js";
+import { isActive, Nesting } from "./nesting.js";
 import { isEnded, randomId, RelayClient } from "./relay-client.js";
 import * as session from "./session.js";
 import { listenToTheme } from "./theme-toggle.js";
@@ -45,6 +46,7 @@ class Page {
   #restUntil = 0;
   #isPinned = true;
   #isRunPinned = true;
+  #bannerHeight = 0;
 
   constructor() {
     this.scroller = byId("conversation");
@@ -183,6 +185,7 @@ class Page {
     const gate = byId("gate");
     drawGate(gate, {
       reason: this.#stoppedReason,
+      address: new URL(".", document.baseURI).href.replace(/\/$/, ""),
       readToken: session.readPastedToken,
       onToken: (token) => {
         gate.close();
@@ -260,7 +263,13 @@ class Page {
 
   /** The run that Stop would stop: the oldest of this thread that still goes on. */
   #stoppable() {
-    const active = this.#runs().filter((run) => !isEnded(run) && run.status !== "lost");
+    const runs = this.#runs();
+    const nesting = new Nesting(runs);
+    // What stops a run stops those below it.
+    const active = runs.filter((run) => {
+      const parent = nesting.parentOf(run);
+      return isActive(run) && !(parent && isActive(parent));
+    });
     const run = active.find((known) => !known.cancelRequested && !this.#stopping.has(known.runId));
     return { run, state: run ? "active" : active.length > 0 ? "stopping" : "idle" };
   }
@@ -369,9 +378,10 @@ class Page {
     this.#follow(all);
     const runs = all.filter((run) => run.threadId === this.#threadId);
     const outgoing = this.#outgoing.filter((message) => message.threadId === this.#threadId);
-    const selected = this.#selected(runs);
-    this.conversation.update(runs, outgoing, selected?.runId);
-    this.timeline.show(selected);
+    const nesting = new Nesting(runs);
+    const selected = this.#selected(nesting.roots);
+    this.conversation.update(nesting, outgoing, selected?.runId);
+    this.timeline.show(selected, nesting);
     this.threads.update(groupByThread(all), this.#threadId);
     this.#drawFrame(runs);
     this.#keepPinned();
@@ -410,6 +420,13 @@ class Page {
     byId("jump").hidden = this.#isPinned || this.conversation.isEmpty;
   }
 
+  /** The banner takes its room from the top: what is being read stays where it is. */
+  #makeUpForBanner() {
+    const height = byId("banner-slot").offsetHeight;
+    if (!this.#isPinned) this.scroller.scrollTop += height - this.#bannerHeight;
+    this.#bannerHeight = height;
+  }
+
   /* -- the rest of the page -- */
 
   #setSidebar(isOpen) {
@@ -438,6 +455,7 @@ class Page {
     );
     // The keyboard of a phone and the drawer change the height without a scroll.
     new ResizeObserver(() => this.#keepPinned()).observe(scroller);
+    new ResizeObserver(() => this.#makeUpForBanner()).observe(byId("banner-slot"));
     byId("jump").prepend(icon("down"));
     byId("jump").addEventListener("click", () => {
       this.#isPinned = true;

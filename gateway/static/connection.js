@@ -122,7 +122,7 @@ export class ConnectionView {
 }
 
 /** Fill the panel that a page without a usable token shows. */
-export function drawGate(dialog, { reason, readToken, onToken }) {
+export function drawGate(dialog, { reason, address, readToken, onToken }) {
   const field = element("textarea", {
     id: "token-field",
     "data-testid": "token-field",
@@ -173,7 +173,12 @@ export function drawGate(dialog, { reason, readToken, onToken }) {
     element(
       "pre",
       {},
-      element("code", {}, element("span", { class: "prompt" }, "$ "), "relay token --user alice"),
+      element(
+        "code",
+        {},
+        element("span", { class: "prompt" }, "$ "),
+        `relay token --user alice --url ${address}`,
+      ),
     ),
     form,
   );

@@ -1,10 +1,11 @@
 /** The conversation: what the user asked and what the agents answered. */
 
-import { activityOf, elapsedOf, errorTitle, stoppedBy, STATUS_WORDS } from "./describe.js";
+import { elapsedOf, errorTitle, stoppedBy, STATUS_WORDS } from "./describe.js";
 import { copyButton, element, icon, setAttribute, setText } from "./dom.js";
 import { formatDuration, formatElapsed, formatValue } from "./format.js";
 import { InputCard } from "./input-card.js";
 import { MarkdownView } from "./markdown-dom.js";
+import { ChangeWatch, interleave, isActive } from "./nesting.js";
 import { isEnded, textOf } from "./relay-client.js";
 
 const LONG_MESSAGE_CHARACTERS = 1_200;
@@ -34,10 +35,11 @@ export class ConversationView {
   }
 
   /**
-   * @param {object[]} runs The thread's runs in order.
+   * @param {import("./nesting.js").Nesting} nesting The thread's runs.
    * @param {object[]} outgoing Its messages that are not confirmed: {id, content, state, error}.
    */
-  update(runs, outgoing, selectedRunId) {
+  update(nesting, outgoing, selectedRunId) {
+    const runs = nesting.roots;
     const wanted = new Set(runs.map((run) => run.runId));
     for (const [runId, view] of this.#views) {
       if (wanted.has(runId)) continue;
@@ -52,7 +54,7 @@ export class ConversationView {
         this.#views.set(run.runId, view);
       }
       view.placeAfter(this.root, after);
-      view.update(run, run.runId === selectedRunId && runs.length > 1);
+      view.update(run, nesting, run.runId === selectedRunId && runs.length > 1);
       after = view.agentMessage;
     }
     this.#updateOutgoing(outgoing);
@@ -140,6 +142,10 @@ function drawOutgoing({ id, content, state, error }, actions) {
   return node;
 }
 
+function isQuestion(item) {
+  return item.type === "input_requested" && !item.isSuperseded;
+}
+
 /** Make `nodes` the children of `parent`, moving only what is out of place. */
 function arrange(parent, nodes) {
   const wanted = new Set(nodes);
@@ -149,10 +155,10 @@ function arrange(parent, nodes) {
   });
 }
 
-/** One run: the user's message and the agent's. */
+/** One run: the user's message and the agent's, with what those below it ask. */
 class RunView {
   #run = null;
-  #version = -1;
+  #watch = new ChangeWatch();
   #isSelected = null;
   #question = null;
   /** item → MarkdownView, item → InputCard */
@@ -208,18 +214,17 @@ class RunView {
     this.agentMessage.remove();
   }
 
-  update(run, isSelected) {
+  update(run, nesting, isSelected) {
     if (isSelected !== this.#isSelected) {
       this.#isSelected = isSelected;
       this.agentMessage.classList.toggle("selected", isSelected);
     }
-    if (run === this.#run && run.version === this.#version) return;
+    if (!this.#watch.hasChanged([run, ...nesting.below(run)])) return;
     if (run !== this.#run) this.#forget();
     this.#run = run;
-    this.#version = run.version;
     this.#updateQuestion(run);
-    this.#updateHead(run);
-    this.#updateAnswer(run);
+    this.#updateHead(run, nesting);
+    this.#updateAnswer(run, nesting.currentBelow(run));
     this.#updateEnding(run);
     this.tick(this.actions.nowMs());
   }
@@ -241,17 +246,19 @@ class RunView {
     this.agentMessage.before(this.#question);
   }
 
-  #updateHead(run) {
-    const isOver = isEnded(run) || run.status === "lost";
+  #updateHead(run, nesting) {
+    const isOver = !isActive(run);
+    const status = nesting.statusOf(run);
     setAttribute(this.agentMessage, "data-run-id", run.runId);
     setAttribute(this.agentMessage, "data-status", run.status);
-    setAttribute(this.agentMessage, "aria-label", `${run.agent}, ${STATUS_WORDS[run.status]}`);
+    setAttribute(this.agentMessage, "aria-label", `${run.agent}, ${STATUS_WORDS[status]}`);
     setAttribute(this.answer, "aria-busy", isOver ? "false" : "true");
     setText(this.name, run.agent ?? "agent");
-    setText(this.status, STATUS_WORDS[run.status]);
+    setText(this.status, STATUS_WORDS[status]);
+    setAttribute(this.status, "data-status", status);
     setAttribute(this.byline, "title", "Show this run’s timeline");
-    this.activity.hidden = isOver || run.status === "waiting";
-    if (!isOver) setText(this.activityWords, activityOf(run));
+    this.activity.hidden = isOver || status === "waiting";
+    if (!isOver) setText(this.activityWords, nesting.activityOf(run));
     const retry = run.items.findLast((item) => item.type === "agent_retrying");
     this.attempts.hidden = !retry;
     if (retry)
@@ -262,13 +269,20 @@ class RunView {
   }
 
   /** What the agent wrote and asked, in the order in which it did. */
-  #updateAnswer(run) {
-    const asked = run.items.some((item) => item.type === "input_requested" && !item.isSuperseded);
+  #updateAnswer(run, below) {
+    const questions = [run, ...below].flatMap((asking) =>
+      asking.items.filter(isQuestion).map((item) => ({ asking, item })),
+    );
+    const byOthers = questions
+      .filter(({ asking }) => asking !== run)
+      .sort((a, b) => (a.item.at ?? "~").localeCompare(b.item.at ?? "~"));
+    const asked = questions.length > 0;
     const isStreamed =
       run.status !== "completed" ||
       (run.result === textOf(run) && (asked || run.messages.length === 1));
     const nodes = [];
-    for (const item of run.items) {
+    for (const item of interleave(run.items, byOthers, (question) => question.item.at)) {
+      if (item.asking) nodes.push(this.#card(item.asking, item.item));
       if (item.isSuperseded) continue;
       if (item.type === "input_requested") nodes.push(this.#card(run, item));
       if (item.type === "text_delta" && isStreamed) nodes.push(this.#piece(run, item));
@@ -292,8 +306,10 @@ class RunView {
   #card(run, item) {
     let card = this.#cards.get(item);
     if (!card) {
-      card = new InputCard(item, (answer) =>
-        this.actions.answer(run.runId, item.requestId, answer),
+      card = new InputCard(
+        item,
+        (answer) => this.actions.answer(run.runId, item.requestId, answer),
+        run === this.#run ? null : run.agent,
       );
       this.#cards.set(item, card);
     }

@@ -58,10 +58,20 @@ export function activityOf(run) {
   return "Thinking";
 }
 
+/** Who did something, if it was not `userId`: else "". */
+export function othersName(by, userId) {
+  return by && by !== userId && by !== "user" ? by : "";
+}
+
+/** Who answered a question, if it was somebody else: neither `userId` nor time that ran out. */
+export function answeredBy(by, userId = null) {
+  return by === "system" ? "" : othersName(by, userId);
+}
+
 /** Who stopped a run, from the point of view of `userId`. */
 export function stoppedBy(by, userId) {
   if (!by) return "Stopped";
-  return by === userId || by === "user" ? "Stopped by you" : `Stopped by ${by}`;
+  return `Stopped by ${othersName(by, userId) || "you"}`;
 }
 
 /** A name for a conversation: the first line of its first question. */

@@ -18,6 +18,25 @@ export function formatElapsed(milliseconds) {
   return ms < 60_000 ? `${(ms / 1000).toFixed(1)} s` : formatDuration(ms);
 }
 
+/** How long after the start something happened; nothing for what happened at the start. */
+export function formatMoment(milliseconds) {
+  if (milliseconds < 50) return "";
+  return `+${milliseconds < 999.5 ? formatDuration(milliseconds) : formatElapsed(milliseconds)}`;
+}
+
+/**
+ * What stands at the start, the middle and the end of a time axis.
+ *
+ * Times are known to the millisecond: what took less than a few has no axis, and gives `null`.
+ * While the axis grows it keeps to seconds, whose last digit can be read.
+ */
+export function axisLabels(spanMs, isGrowing = false) {
+  if (isGrowing || spanMs >= 999.5)
+    return ["0 s", formatElapsed(spanMs / 2), formatElapsed(spanMs)];
+  if (spanMs < 4) return null;
+  return ["0 ms", formatDuration(spanMs / 2), formatDuration(spanMs)];
+}
+
 function pad(number) {
   return String(number).padStart(2, "0");
 }

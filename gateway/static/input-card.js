@@ -1,6 +1,6 @@
 /** A question that an agent asks the user: approval, choice or text. */
 
-import { choicesOf } from "./describe.js";
+import { answeredBy, choicesOf } from "./describe.js";
 import { element, icon } from "./dom.js";
 import { formatBrief, formatElapsed } from "./format.js";
 
@@ -18,16 +18,18 @@ export class InputCard {
   /**
    * @param {object} item The run's `input_requested` item.
    * @param {(answer: {value?: unknown, isDenied?: boolean}) => Promise<void>} answer
+   * @param {string | null} agent Who asks, where that is not clear from the place.
    */
-  constructor(item, answer) {
+  constructor(item, answer, agent = null) {
     this.item = item;
     this.answer = answer;
+    this.agent = agent;
     this.version = -1;
     this.root = element("section", {
       class: "input-card",
       "data-testid": "input-request",
       "data-request-id": item.requestId,
-      "aria-label": "The agent asks",
+      "aria-label": `${agent ?? "The agent"} asks`,
     });
   }
 
@@ -39,7 +41,8 @@ export class InputCard {
     const head = element(
       "p",
       { class: "input-prompt" },
-      icon(item.resolved ? "check" : "question"),
+      icon(iconOf(item)),
+      this.agent ? element("span", { class: "input-agent" }, this.agent) : null,
       element("span", {}, item.prompt),
     );
     this.root.replaceChildren(head, item.resolved ? this.#outcome() : this.#form());
@@ -56,6 +59,7 @@ export class InputCard {
 
   #outcome() {
     const { outcome, value, by } = this.item.resolved;
+    const others = answeredBy(by);
     const isApproval = this.item.kind === "approval";
     const words =
       isApproval && outcome === "answered"
@@ -69,7 +73,7 @@ export class InputCard {
       "p",
       { class: "input-outcome" },
       `${words ?? outcome}${detail}`,
-      by ? ` · ${by}` : "",
+      others ? ` · ${others}` : "",
     );
   }
 
@@ -131,6 +135,11 @@ export class InputCard {
       for (const control of controls) control.disabled = false;
     }
   }
+}
+
+function iconOf({ resolved }) {
+  if (!resolved) return "question";
+  return resolved.outcome === "answered" && resolved.value !== false ? "check" : "cross";
 }
 
 function button(label, testId, kind, onclick) {

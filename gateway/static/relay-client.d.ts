@@ -98,6 +98,8 @@ export interface Run {
   runId: string;
   threadId: string;
   agent: string;
+  /** The run that asked for this one, for a sub-agent. */
+  parentRunId: string | null;
   attempt: number;
   status: RunStatus;
   firstSeq: number;

@@ -120,6 +120,8 @@ function newRun(runId, threadId, agent, attempt) {
     runId,
     threadId,
     agent,
+    /** The run that asked for this one, for a sub-agent. */
+    parentRunId: null,
     attempt,
     status: "queued",
     /** First and last `seq` applied; `isComplete` says that none between 1 and the last is missing. */
@@ -236,6 +238,7 @@ const APPLY = {
       content: data.content ?? "",
       metadata: data.metadata ?? null,
     };
+    run.parentRunId = data.metadata?.parent_run_id ?? null;
     addItem(run, event, {});
   },
   agent_started(run, event, data) {
@@ -459,6 +462,7 @@ export class RunStore {
       const run = newRun(known.run_id, known.thread_id, known.agent, known.attempt ?? 1);
       run.isOutline = true;
       run.status = known.status;
+      run.parentRunId = known.parent_run_id ?? null;
       run.firstOffset = known.first_offset ?? 0;
       if (known.cancel_requested) run.cancelRequested = { by: null, reason: null };
       for (const tool of known.open_tools ?? []) {
@@ -1014,7 +1018,7 @@ export class RelayClient extends EventTarget {
       // Not reachable by HTTP either, or an answer that is not the gateway's:
       // in both cases the status, if any, and the usual wait decide.
       problem = {
-        detail: answer ? undefined : `The gateway could not be reached (${error.name}).`,
+        detail: error.name === "TimeoutError" ? "The gateway did not answer in time." : undefined,
       };
     }
     if (generation !== this.#generation || this.state !== "reconnecting") return;

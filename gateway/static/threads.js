@@ -2,7 +2,7 @@
 
 import { titleOf } from "./describe.js";
 import { element, setAttribute, setText } from "./dom.js";
-import { isEnded } from "./relay-client.js";
+import { isActive, Nesting } from "./nesting.js";
 
 export class ThreadsView {
   /** thread id → {node, title, meta} */
@@ -29,9 +29,11 @@ export class ThreadsView {
       const entry = this.#entry(threadId);
       if (previous.nextElementSibling !== entry.node) previous.after(entry.node);
       previous = entry.node;
-      const active = runs.filter((run) => !isEnded(run) && run.status !== "lost");
+      const active = runs.filter(isActive);
       const isWaiting = active.some((run) => run.status === "waiting");
-      const agents = [...new Set(runs.map((run) => run.agent).filter(Boolean))];
+      const agents = [
+        ...new Set(new Nesting(runs).roots.map((run) => run.agent).filter(Boolean)),
+      ];
       setText(entry.title, titleOf(runs));
       setText(
         entry.meta,

@@ -1,31 +1,14 @@
 /** One run as a live timeline: what happened, in order, with bars on one time axis. */
 
-import {
-  activityOf,
-  completenessOf,
-  errorTitle,
-  STATUS_WORDS,
-  stoppedBy,
-  toolTitle,
-} from "./describe.js";
-import { copyButton, element, setAttribute, setText } from "./dom.js";
-import {
-  count,
-  formatBrief,
-  formatDuration,
-  formatElapsed,
-  formatName,
-  formatValue,
-} from "./format.js";
-import { isEnded } from "./relay-client.js";
-
-const STILL_WRITING_MS = 1_500;
+import { completenessOf, elapsedOf, STATUS_WORDS } from "./describe.js";
+import { element, setAttribute, setText } from "./dom.js";
+import { axisLabels, count, formatDuration, formatElapsed } from "./format.js";
+import { ChangeWatch, isActive } from "./nesting.js";
+import { RowList } from "./timeline-rows.js";
 
 export class TimelineView {
   #run = null;
-  #version = -1;
-  /** item → Row */
-  #rows = new Map();
+  #watch = new ChangeWatch();
 
   /** @param {object} actions userId(), nowMs() */
   constructor(root, actions) {
@@ -58,11 +41,11 @@ export class TimelineView {
     this.axis = element(
       "div",
       { class: "axis", "aria-hidden": "true" },
-      element("span", {}, "0 s"),
+      element("span", {}),
       element("span", {}),
       element("span", {}),
     );
-    this.list = element("ol", { class: "items" });
+    this.list = new RowList(actions);
     this.proof = element("p", { class: "proof" });
     this.empty = element(
       "div",
@@ -86,11 +69,11 @@ export class TimelineView {
       { class: "run-body", id: "run-body" },
       element("header", { class: "run-head" }, this.title, this.facts, this.progress, this.steps),
       this.axis,
-      this.list,
+      this.list.root,
       this.proof,
     );
     root.replaceChildren(this.toggle, this.body, this.empty);
-    this.show(null);
+    this.show(null, null);
   }
 
   get isOpen() {
@@ -103,30 +86,26 @@ export class TimelineView {
     this.toggle.setAttribute("aria-expanded", String(isOpen));
   }
 
-  show(run) {
-    if (run !== this.#run) {
-      this.#rows.clear();
-      this.list.replaceChildren();
-      this.#version = -1;
-    }
+  show(run, nesting) {
+    if (run !== this.#run) this.list.clear();
     this.#run = run;
     this.root.classList.toggle("is-empty", run === null);
     setAttribute(this.root, "data-run-id", run?.runId ?? null);
     setAttribute(this.root, "data-status", run?.status ?? null);
-    if (run === null || run.version === this.#version) return;
-    this.#version = run.version;
-    this.#updateHead(run);
-    this.#updateRows(run);
+    if (run === null || !this.#watch.hasChanged([run, ...nesting.below(run)])) return;
+    this.#updateHead(run, nesting);
+    this.list.update(run, nesting);
     this.tick(this.actions.nowMs());
   }
 
-  #updateHead(run) {
-    const isOver = isEnded(run) || run.status === "lost";
+  #updateHead(run, nesting) {
+    const isOver = !isActive(run);
     setText(this.title, run.agent ?? "agent");
-    setText(this.status, STATUS_WORDS[run.status]);
-    setText(this.summaryWords, isOver ? count(run.lastSeq, "event") : activityOf(run));
-    setAttribute(this.status, "data-status", run.status);
-    this.#updateFacts(run);
+    const status = nesting.statusOf(run);
+    setText(this.status, STATUS_WORDS[status]);
+    setText(this.summaryWords, isOver ? count(run.lastSeq, "event") : nesting.activityOf(run));
+    setAttribute(this.status, "data-status", status);
+    this.#updateFacts(run, nesting.childrenOf(run).length);
     this.#updateProgress(run, isOver);
     const completeness = completenessOf(run, !isOver);
     this.proof.hidden = completeness === null;
@@ -136,13 +115,14 @@ export class TimelineView {
     }
   }
 
-  #updateFacts(run) {
+  #updateFacts(run, calls) {
     const started = run.startedAt ?? run.queuedAt;
     const facts = [];
     if (started) facts.push(new Date(started).toLocaleTimeString([], { timeStyle: "medium" }));
     if (run.attempt > 1) facts.push(`attempt ${run.attempt}`);
     const tools = run.items.filter((item) => item.type === "tool_executing").length;
     if (tools > 0) facts.push(count(tools, "tool call"));
+    if (calls > 0) facts.push(count(calls, "agent call"));
     setText(this.facts, facts.join(" · "));
   }
 
@@ -169,302 +149,25 @@ export class TimelineView {
     setText(this.steps, words.join(" · "));
   }
 
-  #updateRows(run) {
-    for (const item of run.items) {
-      let row = this.#rows.get(item);
-      if (!row) {
-        row = new Row(item, this.actions);
-        this.#rows.set(item, row);
-        this.list.append(row.root);
-      }
-      row.update();
-    }
-  }
-
   /** Move bars and clocks. */
   tick(nowMs) {
     const run = this.#run;
     if (!run) return;
-    const isOver = isEnded(run) || run.status === "lost";
+    const isOver = !isActive(run);
+    // How long a run took whose end was lost is not known.
+    const elapsedMs = run.status === "lost" ? null : elapsedOf(run, nowMs);
+    const format = isOver ? formatDuration : formatElapsed;
+    setText(this.elapsed, elapsedMs === null ? "" : format(elapsedMs));
     const startMs = Date.parse(
       run.startedAt ?? run.queuedAt ?? run.items.find((item) => item.at)?.at,
     );
     const endMs = isOver ? Date.parse(run.endedAt ?? run.items.at(-1)?.at) : nowMs;
+    const isTimed = !Number.isNaN(endMs - startMs) && run.status !== "lost";
     const spanMs = Math.max(1, endMs - startMs);
-    const words = isOver ? formatDuration(spanMs) : formatElapsed(spanMs);
-    // How long a run took whose end was lost is not known.
-    const isTimed = !Number.isNaN(spanMs) && run.status !== "lost";
-    setText(this.elapsed, isTimed ? words : "");
-    this.axis.hidden = !isTimed || run.items.length < 2;
-    if (!isTimed) {
-      for (const row of this.#rows.values()) row.root.classList.remove("live");
-      return;
-    }
-    setText(this.axis.children[1], formatElapsed(spanMs / 2));
-    setText(this.axis.children[2], formatElapsed(spanMs));
-    for (const row of this.#rows.values()) row.tick({ startMs, endMs, spanMs, nowMs, isOver });
+    const labels = isTimed && run.items.length > 1 ? axisLabels(spanMs, !isOver) : null;
+    this.axis.hidden = labels === null;
+    labels?.forEach((label, index) => setText(this.axis.children[index], label));
+    if (isTimed) this.list.tick({ startMs, endMs, spanMs, nowMs, isOver });
+    else this.list.rest();
   }
-}
-
-/** One entry: a line with a marker, for tools, text and questions also a bar. */
-class Row {
-  #version = -1;
-  #parts = null;
-  #isSettled = false;
-
-  constructor(item, actions) {
-    this.item = item;
-    this.actions = actions;
-    this.root = element("li", {
-      class: "item",
-      "data-testid": "timeline-item",
-      "data-type": item.type,
-    });
-  }
-
-  update() {
-    const { item } = this;
-    if (item.version === this.#version) return;
-    this.#version = item.version;
-    this.#isSettled = false;
-    setAttribute(this.root, "data-seq", item.seq);
-    setAttribute(this.root, "data-attempt", item.attempt);
-    this.root.classList.toggle("superseded", item.isSuperseded);
-    if (!this.#parts) this.#draw();
-    this.#refresh();
-  }
-
-  #draw() {
-    const { item } = this;
-    const hasBar = ["tool_executing", "text_delta", "input_requested"].includes(item.type);
-    this.#parts = {
-      title: element("span", { class: "item-title" }),
-      tag: element("span", { class: "item-tag" }),
-      time: element("span", { class: "item-time" }),
-      text: element("p", { class: "item-text" }),
-      bar: hasBar ? element("span", { class: "bar" }) : null,
-      end: element("div", { class: "item-end" }),
-    };
-    const { title, tag, time, text, bar, end } = this.#parts;
-    this.root.replaceChildren(
-      element("span", { class: "marker", "aria-hidden": "true" }),
-      element("div", { class: "item-line" }, title, tag, time),
-      text,
-      bar ? element("div", { class: "track", "aria-hidden": "true" }, bar) : "",
-      end,
-    );
-  }
-
-  #refresh() {
-    const { item } = this;
-    const { title, tag, text } = this.#parts;
-    const words = describe(item, this.actions.userId());
-    setText(title, words.title);
-    setText(tag, words.tag ?? "");
-    setText(text, words.text ?? "");
-    text.hidden = !words.text;
-    setAttribute(this.root, "data-outcome", words.outcome ?? null);
-    if (item.type === "tool_executing") this.#refreshTool();
-    if (item.type === "input_requested") this.#refreshInput();
-    if (item.type === "agent_error") this.#refreshError();
-    if (item.type === "custom") this.#drawOnce("value", () => fold("Value", item.value));
-  }
-
-  #drawOnce(key, draw) {
-    if (this.#parts[key]) return;
-    this.#parts[key] = draw();
-    this.#parts.end.append(...[this.#parts[key]].flat());
-  }
-
-  #refreshTool() {
-    const { item } = this;
-    const hasParameters = isCalledWith(item);
-    const label = item.purpose ? element("code", {}, item.toolName) : "Input";
-    if (hasParameters) this.#drawOnce("parameters", () => fold(label, item.parameters));
-    if (!item.completed) return;
-    const { seq = null, status, result, error, note } = item.completed;
-    this.#drawOnce("completed", () => {
-      const value = status === "error" ? error : result;
-      const line = element("div", {
-        class: "item-outcome",
-        "data-testid": "timeline-item",
-        "data-type": "tool_completed",
-        "data-seq": seq,
-      });
-      if (note) line.append(element("p", { class: "item-text" }, note));
-      if (value !== undefined && value !== null)
-        line.append(fold(status === "error" ? "Error" : "Result", value));
-      return line;
-    });
-  }
-
-  #refreshInput() {
-    if (!this.item.resolved) return;
-    const { seq = null, outcome, value, by } = this.item.resolved;
-    const words =
-      outcome === "answered" && value !== undefined && value !== true
-        ? `${outcome}: ${formatBrief(value)}`
-        : outcome;
-    this.#drawOnce("resolved", () =>
-      element(
-        "div",
-        {
-          class: "item-outcome",
-          "data-testid": "timeline-item",
-          "data-type": "input_resolved",
-          "data-seq": seq,
-        },
-        element("p", { class: "item-text" }, formatName(words), by ? ` · ${by}` : ""),
-      ),
-    );
-  }
-
-  #refreshError() {
-    const { recoverySuggestions, supportId } = this.item.error;
-    this.#drawOnce("suggestions", () => [
-      element(
-        "ul",
-        { class: "suggestions" },
-        ...recoverySuggestions.map((words) => element("li", {}, words)),
-      ),
-      supportId
-        ? element("p", { class: "item-text" }, "Support id ", element("code", {}, supportId))
-        : "",
-    ]);
-  }
-
-  tick({ startMs, endMs, spanMs, nowMs, isOver }) {
-    if (this.#isSettled) return;
-    const { item } = this;
-    const { time, bar } = this.#parts;
-    const atMs = Date.parse(item.at ?? "");
-    if (!bar) {
-      setText(
-        time,
-        Number.isNaN(atMs) || atMs - startMs < 50 ? "" : `+${formatElapsed(atMs - startMs)}`,
-      );
-      this.#isSettled = true;
-      return;
-    }
-    const { untilMs, isOpen } = extent(item, { nowMs, endMs, isOver });
-    const fromMs = Number.isNaN(atMs) ? startMs : atMs;
-    const durationMs = item.completed?.durationMs ?? untilMs - fromMs;
-    setText(time, isOpen ? formatElapsed(durationMs) : formatDuration(durationMs));
-    const from = Math.min(1, Math.max(0, (fromMs - startMs) / spanMs));
-    const part = Math.min(1 - from, Math.max(0, (untilMs - fromMs) / spanMs));
-    bar.style.setProperty("--from", from.toFixed(4));
-    bar.style.setProperty("--part", part.toFixed(4));
-    const percentage = isOpen ? item.progress?.percentage : null;
-    bar.style.setProperty("--done", percentage == null ? "1" : String(percentage / 100));
-    this.root.classList.toggle("live", isOpen);
-    this.#isSettled = isOver;
-  }
-}
-
-/** Until when a bar reaches, and whether it still grows. */
-function extent(item, { nowMs, endMs, isOver }) {
-  if (item.type === "text_delta") {
-    const lastMs = Date.parse(item.lastAt ?? item.at ?? "");
-    return {
-      untilMs: lastMs,
-      isOpen: !isOver && !item.isSuperseded && nowMs - lastMs < STILL_WRITING_MS,
-    };
-  }
-  const closed = item.completed ?? item.resolved;
-  if (closed) return { untilMs: Date.parse(closed.at), isOpen: false };
-  return { untilMs: isOver ? endMs : nowMs, isOpen: !isOver };
-}
-
-function isCalledWith({ parameters }) {
-  return parameters !== null && Object.keys(parameters).length > 0;
-}
-
-function fold(label, value) {
-  const brief = formatBrief(value, 90);
-  const head = element(
-    "summary",
-    {},
-    element("span", { class: "fold-label" }, label),
-    element("span", { class: "fold-brief" }, brief),
-  );
-  const details = element("details", { class: "fold" }, head);
-  // Large values are formatted only when somebody looks.
-  details.addEventListener("toggle", () => {
-    if (!details.open || details.children.length > 1) return;
-    const whole = () => formatValue(value, Infinity);
-    details.append(
-      element(
-        "div",
-        { class: "fold-body" },
-        copyButton(whole),
-        element("pre", { tabindex: "0" }, formatValue(value)),
-      ),
-    );
-  });
-  return details;
-}
-
-/** @returns {{title: string, tag?: string, text?: string, outcome?: string}} */
-function describe(item, userId) {
-  switch (item.type) {
-    case "agent_queued":
-      return { title: "Asked" };
-    case "agent_started":
-      return {
-        title: item.attempt > 1 ? `Started, attempt ${item.attempt}` : "Started",
-        tag: item.model ?? "",
-        text: item.note,
-      };
-    case "agent_thinking": {
-      const { step, totalSteps } = item.progress;
-      return {
-        title: item.thought,
-        tag: step === null ? "" : totalSteps === null ? `${step}` : `${step}/${totalSteps}`,
-      };
-    }
-    case "tool_executing":
-      return {
-        title: toolTitle(item),
-        tag: item.purpose && !isCalledWith(item) ? item.toolName : "",
-        text: item.completed ? null : (item.progress?.note ?? null),
-        outcome: item.completed?.status ?? "open",
-      };
-    case "text_delta":
-      return { title: "Writing", tag: count(item.characters ?? 0, "character"), outcome: "text" };
-    case "input_requested":
-      return { title: "Asked you", text: item.prompt, outcome: item.resolved?.outcome ?? "open" };
-    case "agent_stalled":
-      return { title: `No sign of life for ${formatDuration(item.idleMs ?? 0)}`, text: item.note };
-    case "agent_retrying":
-      return {
-        title: `Trying again, attempt ${item.nextAttempt}`,
-        text: [item.reason, item.delayMs ? `in ${formatDuration(item.delayMs)}` : null]
-          .filter(Boolean)
-          .join(" · "),
-      };
-    case "cancel_requested":
-      return {
-        title: "Stop requested",
-        tag: item.by && item.by !== userId && item.by !== "user" ? item.by : "",
-        text: item.reason,
-      };
-    case "custom":
-      return { title: formatName(item.name ?? "custom"), text: item.note };
-    case "agent_completed":
-      return { title: "Completed", text: item.note ?? usageWords(item.usage) };
-    case "agent_error":
-      return { title: errorTitle(item.error.code), text: item.error.message };
-    case "agent_cancelled":
-      return { title: stoppedBy(item.by, userId), text: item.reason };
-    default:
-      return { title: formatName(item.type) };
-  }
-}
-
-function usageWords(usage) {
-  if (!usage || typeof usage !== "object") return null;
-  return Object.entries(usage)
-    .filter(([, value]) => typeof value === "number")
-    .map(([name, value]) => `${formatName(name).toLowerCase()} ${value.toLocaleString()}`)
-    .join(" · ");
 }

@@ -293,7 +293,7 @@ if (hasWebSocket(fileURLToPath(import.meta.url))) {
         await once(client, "state");
       assert.match(
         states.findLast(({ state }) => state === "reconnecting").reason,
-        /could not be reached/,
+        /^The gateway could not be reached\.$/,
       );
     });
 

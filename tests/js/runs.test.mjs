@@ -271,6 +271,18 @@ test("a reset forgets everything but what it lists", () => {
   assert.deepEqual([...store.runs.keys()], ["run_1"]);
 });
 
+test("a run knows who asked for it, from its events and from an outline", () => {
+  const history = new History();
+  history.lifecycle("agent_queued", { content: "1", metadata: { parent_run_id: "p" } });
+  history.lifecycle("agent_queued", { content: "2", metadata: null }, { run: "run_2" });
+  const store = storeOf(history.events);
+  store.outline([{ ...OUTLINE, run_id: "run_3", parent_run_id: "run_1" }]);
+  assert.deepEqual(
+    [...store.runs.values()].map((run) => run.parentRunId),
+    ["p", null, "run_1"],
+  );
+});
+
 test("runs of a thread come in the order of their first event", () => {
   const history = new History();
   history.lifecycle("agent_queued", { content: "1" }, { run: "z" });

@@ -3,6 +3,7 @@ import { test } from "node:test";
 
 import {
   activityOf,
+  answeredBy,
   choicesOf,
   completenessOf,
   elapsedOf,
@@ -10,10 +11,12 @@ import {
   titleOf,
 } from "../../gateway/static/describe.js";
 import {
+  axisLabels,
   count,
   formatBrief,
   formatDuration,
   formatElapsed,
+  formatMoment,
   formatName,
   formatValue,
 } from "../../gateway/static/format.js";
@@ -39,6 +42,14 @@ test("durations read well at every size", () => {
   ]);
   assert.equal(formatDuration(-5), "0 ms", "clocks that disagree do not show negative times");
   assert.equal(formatElapsed(12_340), "12.3 s");
+});
+
+test("a time axis has the unit that its length asks for", () => {
+  assert.deepEqual(axisLabels(4_240), ["0 s", "2.1 s", "4.2 s"]);
+  assert.deepEqual(axisLabels(800), ["0 ms", "400 ms", "800 ms"]);
+  assert.deepEqual(axisLabels(800, true), ["0 s", "0.4 s", "0.8 s"]);
+  assert.equal(axisLabels(1), null);
+  assert.deepEqual([20, 593, 1_234, 12_340].map(formatMoment), ["", "+593 ms", "+1.2 s", "+12.3 s"]);
 });
 
 test("values in one line and in full", () => {
@@ -85,6 +96,13 @@ test("who stopped it", () => {
   assert.equal(stoppedBy("alice", "alice"), "Stopped by you");
   assert.equal(stoppedBy("reaper", "alice"), "Stopped by reaper");
   assert.equal(stoppedBy(null, "alice"), "Stopped");
+});
+
+test("who answered, where it was somebody else", () => {
+  assert.equal(answeredBy("user", "alice"), "");
+  assert.equal(answeredBy("alice", "alice"), "");
+  assert.equal(answeredBy("system", "alice"), "");
+  assert.equal(answeredBy("operator", "alice"), "operator");
 });
 
 test("choices come from a JSON schema", () => {
