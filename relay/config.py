@@ -160,7 +160,7 @@ class Settings(BaseSettings):
     log_max_events: int = _whole(
         1_000, 10, 1_000_000, "Lifecycle events kept for each user. Active runs are kept whole."
     )
-    log_max_age_s: int = _whole(_DAY_S, 1, 90 * _DAY_S, "How long events are kept.")
+    log_max_age_s: int = _whole(_DAY_S, 300, 90 * _DAY_S, "How long events are kept.")
     log_max_bytes: int = _whole(64 * _MIB, 65_536, 1_024 * _MIB, "Bytes of events kept per user.")
     max_connections_per_user: int = _whole(
         20, 1, 10_000, "Connections that one user may have in the whole cluster."

@@ -24,7 +24,7 @@ RUN_TTL_AFTER_END_MS = 86_400_000
 """A run and its result can be read this long after its end."""
 
 RUN_TTL_ACTIVE_MS = 7 * 86_400_000
-"""Backstop for a run that nobody ends; refreshed by every write to the run."""
+"""Backstop for a run that nobody ends; refreshed with its lease."""
 
 NODE_TTL_MS = 3_000
 """A node or worker is alive while its key is; renewed every second."""

@@ -410,7 +410,11 @@ class RunRegistry:
             if terminal is None and stored[11]:
                 terminal = await self._link.client.get(user.body(int(stored[11])))
         summary = summary_from_row([run_id.encode(), *(_bytes(part) for part in stored[:13])])
-        return RunDetail(summary, None if terminal is None else orjson.loads(terminal))
+        event = None if terminal is None else orjson.loads(terminal)
+        if event is not None and event.get("run_id") != run_id:
+            # The channel has expired before the run, and another large event has the offset now.
+            event = None
+        return RunDetail(summary, event)
 
 
 def _accepted(request: SubmitRequest) -> tuple[str, bytes, bytes]:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
 
 REDIS_IMAGE = "redis:7-alpine"
+DEFAULT_DOCKER_HOST = "unix:///var/run/docker.sock"
+OLDEST_DOCKER_API = "1.40"
 LEAK_DEADLINE_S = 5.0
 
 REMEDIES = {
@@ -50,10 +52,16 @@ def docker_engine() -> str | None:
     import docker
     from docker.errors import DockerException
 
-    try:
-        client = docker.from_env(timeout=10)
-    except DockerException:
-        return None
+    host = os.environ.get("DOCKER_HOST") or DEFAULT_DOCKER_HOST
+    if host.startswith("unix://"):
+        # Asked first, because the client leaves a socket open where nobody answers.
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(host.removeprefix("unix://"))
+            except OSError:
+                return None
+    # Without a version the client asks for one while it is being made.
+    client = docker.from_env(timeout=10, version=OLDEST_DOCKER_API)
     try:
         return str(client.version()["Version"])
     except (DockerException, OSError):
