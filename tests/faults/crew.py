@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 import uuid
 from collections import defaultdict
@@ -16,7 +15,6 @@ import orjson
 from relay.codec import splice
 from relay.config import Settings, load_settings
 from relay.events import TERMINAL
-from relay.run_model import RunDetail
 from relay.testing import SequenceChecker
 from relay.workers import LivingWorker, list_workers
 from tests.faults.worker_agents import BEGUN, FINISHED
@@ -61,7 +59,6 @@ async def start_worker(stack: Stack, **settings: Any) -> ManagedProcess:
 
 async def start_workers(stack: Stack, count: int) -> list[ManagedProcess]:
     """Start several workers at once."""
-    # One after the other takes its place in the stack, and its log's name, when it is begun.
     return list(await asyncio.gather(*(start_worker(stack) for _ in range(count))))
 
 
@@ -212,11 +209,6 @@ def seconds_until(
     return list(arrived.values())
 
 
-async def ended(client: Client, run_id: str, deadline_s: float = 20.0) -> RunDetail:
-    """Wait for a run's end where nobody watches it."""
-    return await client.ended(run_id, deadline_s)
-
-
 async def contact(client: Client, count: int) -> None:
     """Wait until so many workers live and their reapers have had a lease of contact with Redis."""
 
@@ -225,11 +217,6 @@ async def contact(client: Client, count: int) -> None:
 
     await eventually(are_there)
     await asyncio.sleep(LEASE_MS / 1_000)
-
-
-def shuffled(items: Sequence[Any], seed: int) -> list[Any]:
-    """Give the items in an order of chance that is always the same."""
-    return random.Random(seed).sample(list(items), len(items))
 
 
 def now_s() -> float:

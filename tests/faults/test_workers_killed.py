@@ -31,9 +31,9 @@ from tests.faults.crew import (
     verify,
 )
 from tests.faults.sizes import sized
-from tests.integration.worker_support import Client, eventually
+from tests.faults.worker_agents import talked
+from tests.integration.worker_support import Client
 from tests.support.fleet import Fleet, percentile
-from tests.support.processes import ManagedProcess
 from tests.support.stack import Stack
 
 MARGIN_S = 2.5
@@ -114,12 +114,6 @@ async def test_killed_workers_runs_end_or_are_retried_on_every_tab(
     )
 
 
-async def owner(client: Client, stack: Stack, run_ids: list[str]) -> ManagedProcess:
-    """Give the process that has all of these runs; the others took none."""
-    [process] = await run_of_worker(client, stack, run_ids)
-    return process
-
-
 @sized(small=Size(rounds=1), full=Size(rounds=50))
 async def test_worker_that_wakes_up_after_its_lease_says_nothing_more(
     size: Size, own_redis: OwnRedis, tmp_path: Path, report: Report
@@ -145,6 +139,7 @@ async def test_worker_that_wakes_up_after_its_lease_says_nothing_more(
                 await seen(tabs[0], run_ids, "agent_started")
                 owners = await run_of_worker(client, stack, run_ids)
                 zombie = max(owners, key=lambda process: len(owners[process]))
+                refused_before = zombie.log.count('"run_refused"')
                 zombie.pause()
                 frozen = owners[zombie]
                 await seen(tabs[0], frozen, "agent_retrying")
@@ -167,8 +162,7 @@ async def test_worker_that_wakes_up_after_its_lease_says_nothing_more(
                 await all_ended(tabs, run_ids)
                 # Long enough for whatever the woken worker might still want to say.
                 await asyncio.sleep(0.5)
-                talked = "".join(f"{step} " for step in range(120))
-                texts = {run_id: talked for run_id in run_ids[:6]}
+                texts = {run_id: talked(120) for run_id in run_ids[:6]}
                 texts |= {run_id: WHOLE_TEXT for run_id in set(run_ids[6:]) - held}
                 runs = await verify(client, tabs, run_ids, texts=texts)
                 for run_id in frozen:
@@ -185,10 +179,8 @@ async def test_worker_that_wakes_up_after_its_lease_says_nothing_more(
                         assert attempts == sorted(attempts), "text of the first attempt came late"
                 runs_taken += len(frozen)
 
-                async def is_back(zombie: ManagedProcess = zombie) -> bool:
-                    return zombie.log.count('"run_refused"') > 0
-
-                await eventually(is_back)
+                refused = zombie.log.count('"run_refused"') - refused_before
+                assert refused == len(frozen), "it has not tried, or does not know that it failed"
         stack.assert_no_defects()
     report(freezes=size.rounds, runs_taken_over=runs_taken)
 

@@ -28,12 +28,18 @@ async def _hold(run: Run) -> str:
 
 
 async def _talk(run: Run) -> str:
-    for step in range(int(run.request.content)):
+    steps, _, step_s = run.request.content.partition(" ")
+    for step in range(int(steps)):
         if step % 4 == 0:
             await run.thinking(f"{run.run_id}.{run.attempt}.{step}")
         await run.delta(f"{step} ")
-        await asyncio.sleep(STEP_S)
+        await asyncio.sleep(float(step_s or STEP_S))
     return run.text
+
+
+def talked(steps: int) -> str:
+    """Give the text that a talk of so many steps has."""
+    return "".join(f"{step} " for step in range(steps))
 
 
 worker.agent("hold")(_hold)

@@ -1,0 +1,171 @@
+"""P3 and P6: whatever happens between workers and Redis, each run completes and says all once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import OwnRedis
+from tests.faults.conftest import Report
+from tests.faults.crew import (
+    LEASE_MS,
+    SETTINGS,
+    add_tabs,
+    all_ended,
+    ask,
+    ask_many,
+    contact,
+    event_of,
+    now_s,
+    seen,
+    settings_for,
+    start_worker,
+    start_workers,
+    types_of,
+    verify,
+)
+from tests.faults.sizes import sized
+from tests.faults.worker_agents import BEGUN, FINISHED, talked
+from tests.integration.worker_support import Client
+from tests.support.fleet import Fleet
+from tests.support.proxy import RedisProxy
+from tests.support.stack import Stack
+
+
+@dataclass(frozen=True)
+class Cuts:
+    cuts: int
+
+
+@sized(small=Cuts(20), full=Cuts(1_000))
+async def test_publish_whose_acknowledgement_is_cut_appears_once(
+    size: Cuts, own_redis: OwnRedis, tmp_path: Path, report: Report
+) -> None:
+    server = await own_redis()
+    cuts = 0
+    with RedisProxy(server.port) as proxy:
+        async with Stack(tmp_path, server.url, settings=SETTINGS) as stack:
+            await asyncio.gather(
+                stack.start_gateways(2), start_worker(stack, redis_url=proxy.redis_url)
+            )
+            number = 0
+            while cuts < size.cuts:
+                number += 1
+                async with (
+                    Fleet(stack.urls, stack.token, seed=number) as fleet,
+                    Client(settings_for(stack), f"user-{number}") as client,
+                ):
+                    tabs = add_tabs(fleet, client.user_id)
+                    await fleet.connect()
+                    run_ids = await ask_many(tabs, ["talk"] * 4, "200 0.005")
+                    while cuts < size.cuts and not tabs[0].has_ended(run_ids[0]):
+                        # Each batch with such an event is carried out, and its answer lost.
+                        proxy.lose_next_reply(b"agent_thinking")
+                        while proxy.replies_to_lose and not tabs[0].has_ended(run_ids[0]):
+                            await asyncio.sleep(0.005)
+                        cuts += 1 - proxy.replies_to_lose
+                    proxy.lose_next_reply(count=0)
+                    await all_ended(tabs, run_ids, 60)
+                    texts = dict.fromkeys(run_ids, talked(200))
+                    runs = await verify(client, tabs, run_ids, texts=texts)
+                    for run_id, events in runs.items():
+                        thoughts = [
+                            event["data"]["thought"]
+                            for event in events
+                            if event["type"] == "agent_thinking"
+                        ]
+                        assert thoughts == [f"{run_id}.1.{step}" for step in range(0, 200, 4)]
+                        assert events[-1]["type"] == "agent_completed"
+            stack.assert_no_defects()
+    report(cut_acknowledgements=cuts, runs=4 * number)
+
+
+@dataclass(frozen=True)
+class Outage:
+    runs: int
+    steps: int
+    step_s: float
+
+
+@pytest.mark.parametrize("fault", ["restarted", "killed", "paused"])
+@sized(small=Outage(12, steps=24, step_s=0.1), full=Outage(100, steps=50, step_s=0.2))
+async def test_runs_go_on_when_redis_is_back(
+    size: Outage, fault: str, own_redis: OwnRedis, tmp_path: Path, report: Report
+) -> None:
+    server = await own_redis(append_only=True)
+    async with Stack(tmp_path, server.url, settings=SETTINGS) as stack:
+        await asyncio.gather(stack.start_gateways(2), start_workers(stack, 2))
+        async with (
+            Fleet(stack.urls, stack.token) as fleet,
+            Client(settings_for(stack), "alice") as client,
+        ):
+            tabs = add_tabs(fleet, client.user_id)
+            await fleet.connect()
+            await contact(client, 2)
+            content = f"{size.steps} {size.step_s}"
+            run_ids = await ask_many(tabs, ["talk"] * size.runs, content)
+            await seen(tabs[0], run_ids, "agent_thinking")
+            began_s = time.monotonic()
+            if fault == "paused":
+                server.pause()
+                await asyncio.sleep(2 * LEASE_MS / 1_000)
+                server.resume()
+            elif fault == "killed":
+                await server.kill()
+                await server.start()
+            else:
+                await server.restart()
+            away_s = time.monotonic() - began_s
+            await all_ended(tabs, run_ids)
+            runs = await verify(
+                client, tabs, run_ids, texts=dict.fromkeys(run_ids, talked(size.steps))
+            )
+            for events in runs.values():
+                assert events[-1]["type"] == "agent_completed"
+                assert events[-1]["attempt"] == 1
+                assert types_of(events).count("agent_started") == 1
+            report(runs=size.runs, away_s=away_s)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    blocks: int
+
+
+@sized(small=Blocks(1), full=Blocks(5))
+async def test_agent_that_blocks_its_event_loop_is_stalled_and_goes_on(
+    size: Blocks, own_redis: OwnRedis, tmp_path: Path, report: Report
+) -> None:
+    server = await own_redis()
+    told_after_s: list[float] = []
+    async with Stack(tmp_path, server.url, settings=SETTINGS) as stack:
+        # Every one of these processes has a reaper that would take the run.
+        await asyncio.gather(stack.start_gateways(2), start_workers(stack, 2))
+        async with (
+            Fleet(stack.urls, stack.token) as fleet,
+            Client(settings_for(stack), "alice") as client,
+        ):
+            tabs = add_tabs(fleet, client.user_id)
+            await fleet.connect()
+            await contact(client, 2)
+            run_ids = []
+            for _ in range(size.blocks):
+                asked_s = now_s()
+                run_id = await ask(tabs[0], "block", 3 * LEASE_MS / 1_000)
+                run_ids.append(run_id)
+                await seen(tabs[0], [run_id], "agent_stalled")
+                told_after_s.append(now_s() - asked_s)
+                assert not tabs[0].has_ended(run_id)
+                await all_ended(tabs, [run_id])
+            texts = dict.fromkeys(run_ids, BEGUN + FINISHED)
+            runs = await verify(client, tabs, run_ids, texts=texts)
+            for events in runs.values():
+                assert events[-1]["type"] == "agent_completed"
+                assert event_of(events, "agent_started")["attempt"] == 1
+                assert event_of(events, "agent_stalled")["data"]["idle_ms"] >= 500
+        stack.assert_no_defects()
+    report(blocks=size.blocks, stalled_told_after_s=max(told_after_s))
