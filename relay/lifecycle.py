@@ -72,6 +72,11 @@ class RunTruth:
     open_tools: Mapping[str, str]
     open_inputs: Mapping[str, str]
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the current attempt has said that it started."""
+        return self.started_ms > 0
+
     def input_expires_ms(self, request_id: str) -> int:
         """When an open input request expires."""
         return parse_timestamp(orjson.loads(self.open_inputs[request_id])["expires_at"])
@@ -219,7 +224,9 @@ def _decide_at_work(run: RunTruth, cancel_grace_ms: int) -> Decision:
         if expires_ms <= now_ms:
             return ExpireInput(request_id)
         due.append(expires_ms)
-    if run.status == "running" and run.stall_after_ms and run.stalled_ms != run.updated_ms:
+    # An attempt that has not begun cannot stall: the grammar has no place for it.
+    can_stall = run.status == "running" and run.has_begun and run.stall_after_ms
+    if can_stall and run.stalled_ms != run.updated_ms:
         idle_ms = now_ms - run.updated_ms
         if idle_ms >= run.stall_after_ms:
             return ReportStall(idle_ms)

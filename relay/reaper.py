@@ -237,6 +237,7 @@ class Reaper:
                     "delay_ms": delay_ms,
                 }
                 events = [
+                    *_late_start(envelope, run),
                     *closing_events(envelope, run, "error", TOOL_LOST),
                     lifecycle_columns(envelope, EventType.AGENT_RETRYING, run.now_ms, retrying),
                 ]
@@ -295,3 +296,10 @@ class Reaper:
             # What the attempt asked for is of use to nobody any more.
             await self._cancelling.cancel_children(envelope.user_id, envelope.run_id)
         return is_done
+
+
+def _late_start(envelope: RunEnvelope, run: RunTruth) -> list[Columns]:
+    """Start an attempt whose worker died right after claiming it: it counts, and can be retried."""
+    if run.has_begun:
+        return []
+    return [lifecycle_columns(envelope, EventType.AGENT_STARTED, run.now_ms, {})]

@@ -34,7 +34,7 @@ if run[2] ~= fence then
   attempt = attempt + 1
   redis.call('HSET', RUN, 'status', 'running', 'attempt', int(attempt), 'fence', fence,
     'worker', worker, 'lease_until_ms', int(NOW + tonumber(ARGV[9])), 'batch', '0', 'answer', '',
-    'claimed_ms', int(NOW), 'updated_ms', int(NOW), 'answers', '{}',
+    'claimed_ms', int(NOW), 'started_ms', '0', 'updated_ms', int(NOW), 'answers', '{}',
     'max_attempts', ARGV[10], 'stall_after_ms', ARGV[11])
 end
 if channel.needs_touch then

@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from relay.codec import Task
 from relay.events import EventType, format_timestamp
+from relay.grammar import RunGrammar
 from relay.inputs import InputAnswer
 from relay.keys import Keys
 from relay.lifecycle import (
@@ -105,6 +106,25 @@ async def test_a_lost_run_gets_one_terminal_event_and_its_tools_are_closed(parts
     assert detail is not None
     assert detail.summary.status == "error"
     assert await parts.link.client.xlen(parts.keys.dead_letters) == 1
+
+
+async def test_an_attempt_that_was_lost_before_it_began_leaves_a_legal_stream(parts: Parts) -> None:
+    run_id = await parts.submit()
+    await parts.claim(run_id, max_attempts=2, stall_after_ms=1)
+    await asyncio.sleep(0.01)
+    await expire_lease(parts, run_id)
+    assert isinstance(await parts.reaper.look_at(USER, run_id), RetryAttempt)
+    await parts.link.client.hset(parts.keys.user(USER).run(run_id), "retry_at_ms", 1)
+    second = await parts.claim(run_id, LEASE_MS * 100, max_attempts=2, stall_after_ms=1)
+    await asyncio.sleep(0.01)
+    assert isinstance(await parts.reaper.look_at(USER, run_id), LookAgain), "it has not begun"
+    async with Publisher(parts.link, parts.keys) as publisher:
+        stream = await started(parts, publisher, second)
+        await stream.finish(EventType.AGENT_COMPLETED, {"result": "ok", "duration_ms": 1})
+    grammar = RunGrammar()
+    for name, data in await parts.events():
+        grammar.apply(EventType(name), data)
+    assert (grammar.attempt, grammar.is_ended) == (2, True)
 
 
 async def test_a_lost_attempt_is_tried_again_where_the_agent_allows_it(parts: Parts) -> None:
