@@ -1,7 +1,8 @@
 """uvicorn's WebSocket protocol with the close codes and the last resort that ``relay.v1`` needs.
 
-What uvicorn decides by itself, because it happens below ASGI: a text frame that is not UTF-8
-closes with 1007, a message above ``ws_max_size`` with 1009, a broken frame with 1002.
+What is decided here, because it happens below ASGI: a handshake that cannot be read is refused, a
+text frame that is not UTF-8 closes with 1007, a message above ``ws_max_size`` with 1009, a broken
+frame with 1002.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from typing import Any, cast
 
 from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.exceptions import SecurityError
 
-from relay.errors import CloseCode
+from gateway.http.problems import problem
+from relay.errors import CloseCode, RequestRefused
 
 FORCE_CLOSE = "relay.force_close"
 """Key of the ASGI scope's extensions under which an application finds ``force_close``."""
@@ -25,6 +28,39 @@ PING_TIMEOUT_S = 20.0
 
 class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     """One connection's socket."""
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes from the peer."""
+        super().data_received(data)
+        # uvicorn does not look at this: the peer would wait for an answer for ever, and nobody
+        # would ever close its socket.
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:
+            self._refuse_handshake(self.conn.handshake_exc)
+
+    def _refuse_handshake(self, error: Exception) -> None:
+        if self.close_sent or self.transport.is_closing():
+            return
+        self.handshake_complete = self.close_sent = self.disconnected = True
+        response = problem(_unreadable(error))
+        lines = [b"%b: %b\r\n" % header for header in response.raw_headers]
+        status = b"HTTP/1.1 %d Refused\r\n" % response.status_code
+        self.transport.write(
+            b"".join([status, *lines, b"connection: close\r\n\r\n", bytes(response.body)])
+        )
+        self.transport.close()
+
+    def send_receive_event_to_app(self) -> None:
+        """Pass a message on to the application, or close where it is not text as it claims."""
+        if self.curr_msg_data_type == "text" and not self.close_sent:
+            try:
+                b"".join(self.frames).decode()
+            except UnicodeDecodeError:
+                # uvicorn closes as well, but logs each of them as an error with a stack.
+                self.frames = []
+                self.conn.send_close(1007)
+                self.handle_parser_exception()
+                return
+        super().send_receive_event_to_app()
 
     async def run_asgi(self) -> None:
         """Run the application, giving it a way to close a socket that takes nothing."""
@@ -80,3 +116,20 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         self.transport.close()
         # close() waits for the buffer to drain, which a dead peer's never does.
         self.loop.call_later(FLUSH_S, self.transport.abort)
+
+
+def _unreadable(error: Exception) -> RequestRefused:
+    if isinstance(error, SecurityError):
+        return RequestRefused(
+            "frame_too_large",
+            f"The handshake is larger than this gateway accepts: {error}.",
+            suggestions=(
+                "Send fewer and shorter headers, and a shorter query.",
+                "Where the token is what is long, get a ticket with POST /v1/tickets.",
+            ),
+        )
+    return RequestRefused(
+        "invalid_frame",
+        "This is not a WebSocket handshake: it has a body, or a header that is malformed.",
+        suggestions=("See RFC 6455, section 4.1, for what a handshake looks like.",),
+    )

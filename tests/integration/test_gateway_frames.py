@@ -89,7 +89,9 @@ async def test_message_far_above_the_limit_closes_with_1009(gateway: Gateway) ->
         assert await opened.is_alive()
 
 
-async def test_text_that_is_not_utf8_closes_with_1007(gateway: Gateway) -> None:
+async def test_text_that_is_not_utf8_closes_with_1007(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
     async with tab(gateway) as opened, tab(gateway) as other:
         connection = opened.socket
         # The client library would refuse to send this.
@@ -97,6 +99,8 @@ async def test_text_that_is_not_utf8_closes_with_1007(gateway: Gateway) -> None:
         connection.transport.write(frame.serialize(mask=True))
         assert (await opened.closed())[0] == 1007
         assert await other.is_alive()
+    # What a client does wrong is not an error of ours, and no reason for a stack.
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_repeated_mistakes_close_with_1008(gateway: Gateway) -> None:

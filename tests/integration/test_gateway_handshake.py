@@ -208,6 +208,51 @@ async def test_wrong_parameters_are_named(gateway: Gateway) -> None:
         assert words in problem["detail"]
 
 
+@pytest.mark.parametrize(
+    ("header", "query", "code"),
+    [
+        ("X-Long: " + "x" * 9_000, "", "frame_too_large"),
+        ("Sec-WebSocket-Protocol: " + "a," * 5_000 + "b", "", "frame_too_large"),
+        ("\r\n".join(f"X-{number}: x" for number in range(200)), "", "frame_too_large"),
+        ("X-Short: x", "?since=now&x=" + "x" * 9_000, "frame_too_large"),
+        ("Content-Length: 5", "", "invalid_frame"),
+        ("Transfer-Encoding: chunked", "", "invalid_frame"),
+        ("Sec-WebSocket-Protocol: a\x01", "", "invalid_frame"),
+    ],
+    ids=[
+        "long header",
+        "many protocols",
+        "many headers",
+        "long query",
+        "body",
+        "chunked",
+        "control",
+    ],
+)
+async def test_handshake_that_cannot_be_read_is_refused_at_once_and_closed(
+    gateway: Gateway, header: str, query: str, code: str
+) -> None:
+    host, port = gateway.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(
+            f"GET /v1/ws{query} HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
+            "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+            f"Authorization: {bearer(**GOOD)['Authorization']}\r\n{header}\r\n\r\n".encode()
+        )
+        async with asyncio.timeout(5):
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    finally:
+        writer.close()
+    problem = json.loads(body)
+    assert head.startswith(b"HTTP/1.1 %d " % problem["status"])
+    assert problem["code"] == code
+    assert problem["recovery_suggestions"]
+    async with tab(gateway, "alice", **GOOD) as opened:
+        assert await opened.is_alive()
+
+
 async def test_no_websocket_elsewhere(gateway: Gateway) -> None:
     with pytest.raises(InvalidStatus) as caught:
         async with raw_tab(f"{gateway.url}/elsewhere"):
