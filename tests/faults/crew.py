@@ -128,15 +128,16 @@ async def run_of_worker(
     user = client.keys.user(client.user_id)
     found: dict[ManagedProcess, list[str]] = defaultdict(list)
     for run_id in run_ids:
-        stored = await client.link.client.hget(user.run(run_id), "worker")
-        found[processes[pids[(stored or b"").decode()]]].append(run_id)
+        stored: Any = await client.link.client.hget(user.run(run_id), "worker")
+        found[processes[pids[stored.decode()]]].append(run_id)
     return found
 
 
 async def ledger(client: Client) -> Runs:
     """Give all lifecycle events that Redis holds of a user's runs."""
     runs: Runs = defaultdict(list)
-    for entry_id, fields in await client.link.client.xrange(client.keys.user(client.user_id).log):
+    entries: Any = await client.link.client.xrange(client.keys.user(client.user_id).log)
+    for entry_id, fields in entries:
         offset, seq = int(entry_id.split(b"-")[0]), int(fields[b"s"])
         event = orjson.loads(splice(fields[b"e"], offset, seq))
         runs[event["run_id"]].append(event)
@@ -209,14 +210,21 @@ def seconds_until(
     return list(arrived.values())
 
 
-async def contact(client: Client, count: int) -> None:
-    """Wait until so many workers live and their reapers have had a lease of contact with Redis."""
+async def contact(client: Client, count: int, *, is_first: bool = True) -> None:
+    """Wait until so many workers live.
+
+    Args:
+        client: Looks at Redis.
+        count: How many.
+        is_first: Wait, too, until all reapers have had the contact with Redis that they need.
+    """
 
     async def are_there() -> bool:
         return len(await living(client)) >= count
 
     await eventually(are_there)
-    await asyncio.sleep(LEASE_MS / 1_000)
+    if is_first:
+        await asyncio.sleep(LEASE_MS / 1_000)
 
 
 def now_s() -> float:

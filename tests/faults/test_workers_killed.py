@@ -41,6 +41,9 @@ MARGIN_S = 2.5
 """Beyond a lease and a second: the machine of the tests runs seven processes besides."""
 
 
+TALK_STEPS = 60
+
+
 @dataclass(frozen=True)
 class Size:
     rounds: int
@@ -62,7 +65,7 @@ async def test_killed_workers_runs_end_or_are_retried_on_every_tab(
             ):
                 tabs = add_tabs(fleet, client.user_id)
                 await fleet.connect()
-                await contact(client, 3)
+                await contact(client, 3, is_first=number == 0)
                 # Of three workers with sixty runs, one has twenty at least.
                 agents = ["hold", "hold-again"] * 30
                 run_ids = await ask_many(tabs, agents, LEASE_MS / 1_000 + 2.5)
@@ -135,9 +138,9 @@ async def test_worker_that_wakes_up_after_its_lease_says_nothing_more(
             ):
                 tabs = add_tabs(fleet, client.user_id)
                 await fleet.connect()
-                await contact(client, 2)
+                await contact(client, 2, is_first=number == 0)
                 agents = ["talk-again"] * 6 + ["hold-again"] * 2
-                contents = [120] * 6 + [60] * 2
+                contents = [TALK_STEPS] * 6 + [60] * 2
                 run_ids = [
                     await ask(tabs[0], agent, content)
                     for agent, content in zip(agents, contents, strict=True)
@@ -168,7 +171,7 @@ async def test_worker_that_wakes_up_after_its_lease_says_nothing_more(
                 await all_ended(tabs, run_ids)
                 # Long enough for whatever the woken worker might still want to say.
                 await asyncio.sleep(0.5)
-                texts = {run_id: talked(120) for run_id in run_ids[:6]}
+                texts = {run_id: talked(TALK_STEPS) for run_id in run_ids[:6]}
                 texts |= dict.fromkeys(set(run_ids[6:]) - held, WHOLE_TEXT)
                 runs = await verify(client, tabs, run_ids, texts=texts)
                 for run_id in frozen:
@@ -210,7 +213,7 @@ async def test_poison_lies_in_the_dead_letters_and_the_others_go_on(
         ):
             tabs = add_tabs(fleet, client.user_id)
             await fleet.connect()
-            await contact(client, 2)
+            await contact(client, 2, is_first=False)
 
             async def keep_alive() -> None:
                 """Start whatever worker has died again, as a process supervisor does."""

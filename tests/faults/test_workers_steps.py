@@ -11,6 +11,7 @@ import threading
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -138,7 +139,11 @@ async def test_gateway_killed_within_submit(
                         proxy.accept()
                         await stack.restart(victim)
                     message_id = uuid.uuid4().hex
-                    asked = {"thread_id": f"t{number}", "agent": "echo", "content": "hello"}
+                    asked: dict[str, Any] = {
+                        "thread_id": f"t{number}",
+                        "agent": "echo",
+                        "content": "hello",
+                    }
                     run_id = derive_run_id(client.user_id, message_id)
                     proxy.freeze_at(point.command, run_id.encode(), carried_out=point.carried_out)
                     headers = {"Authorization": f"Bearer {stack.token(client.user_id)}"}

@@ -9,7 +9,7 @@ import signal
 import time
 from typing import Any
 
-from agent_worker import Run, Worker
+from agent_worker import AgentError, Run, Worker
 
 STEP_S = 0.02
 BEGUN = "begun "
@@ -85,9 +85,9 @@ async def approve(run: Run) -> str:
 
 @worker.agent("flaky", max_attempts=2)
 async def flaky(run: Run) -> str:
-    """Need a second attempt, which follows after a second."""
+    """Need a second attempt, which follows after a while."""
     if run.attempt == 1:
-        raise ConnectionError("not yet")
+        raise AgentError("upstream_unavailable", "Not yet.", retry_after_ms=30_000)
     return "second"
 
 
