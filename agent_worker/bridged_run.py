@@ -154,7 +154,7 @@ class BridgedRun(Run):
         self._outlet.close("the run has ended")
         self._stream.close()
         self._on_end(self)
-        await self.stop_children()
+        await self.end_waits()
 
     def _duration_ms(self) -> int:
         return max(0, round((self._clock() - self._began_s) * 1000))

@@ -36,9 +36,22 @@ class Children:
         self._errands = errands
         self._count = 0
         self._running: set[str] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._is_closed = False
 
     async def call(self, agent: str, content: str, metadata: Mapping[str, Any] | None) -> Any:
         """Run an agent and give its result; see ``Run.call_agent``."""
+        if self._is_closed:
+            raise RequestRefused("run_ended", "The run that asks for this one has stopped.")
+        task = asyncio.current_task()
+        if task is not None:
+            self._calls.add(task)
+        try:
+            return await self._call(agent, content, metadata)
+        finally:
+            self._calls.discard(task)
+
+    async def _call(self, agent: str, content: str, metadata: Mapping[str, Any] | None) -> Any:
         self._count += 1
         message_id = f"{self._prefix}/{self._count}"
         run_id = derive_run_id(self._user_id, message_id)
@@ -56,7 +69,8 @@ class Children:
                 ) from refused
             raise
         except asyncio.CancelledError:
-            await self._stop(run_id)
+            if not self._is_closed:
+                await self._stop(run_id)
             raise
         finally:
             self._errands.wait_ends()
@@ -64,7 +78,13 @@ class Children:
         return _result_of(agent, detail)
 
     async def stop_all(self) -> None:
-        """Stop what is still at work: nothing outlives the attempt that asked for it."""
+        """Stop what is still at work: nothing outlives the attempt that asked for it.
+
+        Tasks that the agent left behind, and that wait for it, are cancelled.
+        """
+        self._is_closed = True
+        for task in list(self._calls):
+            task.cancel()
         for run_id in list(self._running):
             await self._stop(run_id)
 

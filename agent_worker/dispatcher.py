@@ -25,6 +25,7 @@ from agent_worker.patience import REDIS_AWAY, delays, until_redis_answers
 from agent_worker.stops import CancelAsked, WorkerStops, cancel_asked
 from agent_worker.task_streams import EntryKey, GroupMissing, TaskEntry, TaskStreams
 from relay.amending import end_broken_run, new_support_id
+from relay.cancellation import end_tasks
 from relay.codec import Task, decode_task
 from relay.errors import DecodingFailed
 from relay.keys import Keys
@@ -364,5 +365,4 @@ class Dispatcher:
         _, pending = await asyncio.wait(tasks, timeout=timeout_s)
         for task in pending:
             _log.error("run_left_unfinished", task=task.get_name(), hint="Redis did not answer.")
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
+        await end_tasks(pending)

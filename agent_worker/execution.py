@@ -122,7 +122,7 @@ class RunExecution:
         finally:
             outlet.close("the run has ended")
             stream.close()
-            await run.stop_children()
+            await run.end_waits()
 
     async def _reach_ending(
         self,

@@ -117,6 +117,11 @@ class Questions:
         finally:
             del self._waiting[request_id]
 
+    def close(self) -> None:
+        """Let whoever still waits be cancelled: the attempt is over, no answer comes any more."""
+        for waiting in self._waiting.values():
+            waiting.cancel()
+
     async def _withdraw(self, request_id: str) -> None:
         """Close a request that nobody waits for any more; an answer that came before counts."""
         try:

@@ -262,6 +262,10 @@ class Run:
         """Take what became of a question. The worker calls this."""
         self._questions.receive(request_id, answer)
 
-    async def stop_children(self) -> None:
-        """Stop the runs below this one that are still at work. The worker calls this."""
+    async def end_waits(self) -> None:
+        """End what still waits when the attempt is over. The worker calls this.
+
+        Questions are given up, and runs below this one that are still at work are stopped.
+        """
+        self._questions.close()
         await self._children.stop_all()

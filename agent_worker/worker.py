@@ -31,6 +31,7 @@ from agent_worker.metrics_port import metrics_port
 from agent_worker.patience import REDIS_AWAY, until_redis_answers
 from agent_worker.signals import SignalListener
 from agent_worker.task_streams import BLOCK_MS, TaskStreams
+from relay.cancellation import end_tasks
 from relay.config import Settings
 from relay.errors import ConfigurationError
 from relay.keys import Keys
@@ -327,13 +328,11 @@ class RunningWorker:
         except (*REDIS_AWAY, ScriptFailed) as error:
             _log.info("worker_reads_on", reason=str(error), for_s=STOP_READING_TIMEOUT_S)
         await asyncio.wait({self._taking}, timeout=STOP_READING_TIMEOUT_S)
-        self._taking.cancel()
-        await asyncio.wait({self._taking})
+        await end_tasks([self._taking])
 
     async def _end_runs(self) -> None:
         await self._stop_taking()
-        for task in self._restoring:
-            task.cancel()
+        await end_tasks(self._restoring)
         self._dispatcher.end_runs()
         hurrying = asyncio.create_task(self._hurry_when_asked())
         try:

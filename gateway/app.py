@@ -43,6 +43,7 @@ from gateway.server import Listener, bind, server_config
 from gateway.session import SessionLimits
 from gateway.tickets import TicketOffice
 from gateway.wheel import TICK_MS, Wheel
+from relay.cancellation import end_tasks
 from relay.config import Settings
 from relay.errors import CloseCode, RequestRefused
 from relay.jwks import KeySet
@@ -212,9 +213,7 @@ class Gateway:
             await self._public.stop()
         if self._internal is not None:
             await self._internal.stop()
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await end_tasks(self._background)
         await self.node.leave()
         await self.hub.aclose()
         await self._verifier.aclose()

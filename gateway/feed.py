@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import structlog
 
+from relay.cancellation import end_tasks
 from relay.codec import decode_live, parse_position
 from relay.errors import DecodingFailed, RedisMisconfigured, RedisUnavailable
 from relay.history import page_from, read_body, read_call
@@ -156,9 +157,7 @@ class FeedHub:
 
     async def aclose(self) -> None:
         """Stop all work. Connections should have been closed before."""
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         for timer in tuple(self._timers):
             timer.cancel()
         for user_feed in self._feeds.values():

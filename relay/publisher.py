@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 
 from relay.batches import Acknowledged, Batch, OutgoingBatches
+from relay.cancellation import end_tasks
 from relay.codec import Task, redact
 from relay.columns import columns_of
 from relay.errors import (
@@ -340,8 +341,7 @@ class Publisher:
             async with asyncio.timeout(LAST_DISPATCHES_S):
                 await self._dispatched.wait()
         if self._sender is not None:
-            self._sender.cancel()
-            await asyncio.gather(self._sender, return_exceptions=True)
+            await end_tasks([self._sender])
         for stream in list(self._streams.values()):
             stream.close()
 

@@ -21,6 +21,7 @@ from relay.amending import (
     look_at_run,
     new_support_id,
 )
+from relay.cancellation import end_tasks
 from relay.cancelling import Cancelling
 from relay.codec import RunEnvelope, Task, encode_task
 from relay.columns import Columns, lifecycle_columns
@@ -89,8 +90,7 @@ class Reaper:
 
     async def __aexit__(self, *_: object) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_tasks([self._task])
 
     @property
     def may_act(self) -> bool:

@@ -16,6 +16,7 @@ import structlog
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection
 
+from relay.cancellation import end_tasks
 from relay.errors import RedisMisconfigured, RedisUnavailable
 from relay.scripts import RedisLink, mapped_errors
 
@@ -85,8 +86,7 @@ class Subscriber:
     async def aclose(self) -> None:
         """Disconnect. No callback is called after this."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_tasks([self._task])
             self._task = None
         await self._disconnect()
 
@@ -160,9 +160,7 @@ class Subscriber:
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_tasks(tasks)
         error = next(iter(done)).exception()
         if error is None or not isinstance(
             error, redis_errors.RedisError | OSError | asyncio.TimeoutError

@@ -76,8 +76,11 @@ async def test_what_the_attempt_leaves_behind_is_stopped() -> None:
     await asyncio.sleep(0.01)
     await children.stop_all()
     assert errands.stopped == [derive_run_id("alice", "run_1/1/1")]
-    calling.cancel()
-    await asyncio.gather(calling, return_exceptions=True)
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    with pytest.raises(RequestRefused, match="run_ended"):
+        await children.call("other", "x", None)
+    assert len(errands.started) == 1
 
 
 @pytest.mark.parametrize(

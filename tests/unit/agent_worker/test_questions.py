@@ -164,3 +164,13 @@ async def test_steps_are_numbered_thoughts() -> None:
         {"thought": "Collect", "step": 1, "total_steps": 2},
         {"thought": "Write", "step": 2},
     ]
+
+
+async def test_nobody_waits_for_an_answer_once_the_attempt_is_over() -> None:
+    run, _, outlet = await make_run()
+    asking = asyncio.create_task(run.ask("?"))
+    await asyncio.sleep(0.01)
+    outlet.close("the run has ended")
+    await run.end_waits()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
