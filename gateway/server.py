@@ -8,8 +8,10 @@ import errno
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gateway.websocket import PING_INTERVAL_S, PING_TIMEOUT_S, RelayWebSocketProtocol
 from relay.errors import ConfigurationError
@@ -24,6 +26,9 @@ half a minute, although the outbox is nearly empty, and the client takes us for 
 
 GRACE_S = 5
 """What requests under way get to finish when the server stops."""
+
+REQUEST_S = 15.0
+"""A request, headers and body, is here by then, or its connection is closed."""
 
 FRAME_HEADROOM = 4
 """uvicorn's own limit lies this much above ours: up to it, a client is told instead of closed."""
@@ -95,10 +100,54 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{shown}:{port}"
 
 
+class RelayHttpProtocol(H11Protocol):
+    """uvicorn's HTTP, with a limit for how long a client may take to send a request.
+
+    Without one, connections that send nothing, or half a request, stay for ever: no token is
+    needed to take all sockets that a gateway has.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Give the first request its time."""
+        super().connection_made(transport)
+        self._give_time()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; more time is given to the next request only, not for each piece."""
+        super().data_received(data)
+        is_ours = self.transport.get_protocol() is self
+        if is_ours and self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            self._give_time()
+        else:
+            # The request is here, or a WebSocket session took over, with deadlines of its own.
+            self._stop_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _give_time(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(REQUEST_S, self._give_up)
+
+    def _stop_timer(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        self._deadline = None
+        self.transport.close()
+
+
 def server_config(app: ASGIApp, *, max_frame_bytes: int) -> uvicorn.Config:
     """Configure uvicorn. Its own log lines name URLs, so only its warnings are let through."""
     return uvicorn.Config(
         app,
+        http=RelayHttpProtocol,
         ws=RelayWebSocketProtocol,
         ws_max_size=max_frame_bytes * FRAME_HEADROOM,
         ws_ping_interval=PING_INTERVAL_S,

@@ -11,6 +11,7 @@ import jwt
 import pytest
 from websockets.exceptions import InvalidStatus
 
+from gateway import server
 from gateway.app import Gateway, running_gateway
 from relay.keys import Keys
 from tests.integration.gateway_support import (
@@ -250,6 +251,32 @@ async def test_handshake_that_cannot_be_read_is_refused_at_once_and_closed(
     assert problem["code"] == code
     assert problem["recovery_suggestions"]
     async with tab(gateway, "alice", **GOOD) as opened:
+        assert await opened.is_alive()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /v1/ws HTTP/1.1\r\nHost: x\r\n",
+        b"POST /v1/runs HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{",
+    ],
+    ids=["nothing", "half the headers", "half the body"],
+)
+async def test_request_that_does_not_come_to_an_end_loses_its_connection(
+    gateway: Gateway, sent: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "REQUEST_S", 0.3)
+    host, port = gateway.url.removeprefix("http://").split(":")
+    # A connection that is served is not meant.
+    async with tab(gateway, "alice", **GOOD) as opened:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        try:
+            writer.write(sent)
+            async with asyncio.timeout(4):
+                await reader.read()
+        finally:
+            writer.close()
         assert await opened.is_alive()
 
 
