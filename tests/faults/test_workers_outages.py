@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ from tests.support.stack import Stack
 ARRIVED_AFTER_S = 0.02
 
 
-def has_more(tab: FleetClient, known: int, run_ids: list[str]) -> bool:
+def has_more(known: int, run_ids: list[str], tab: FleetClient) -> bool:
     """Say whether a tab has seen more events than these, or the end of one of the runs."""
     return len(tab.events) > known or any(map(tab.has_ended, run_ids))
 
@@ -79,8 +80,7 @@ async def test_publish_whose_acknowledgement_is_cut_appears_once(
                         cuts += armed - proxy.replies_to_lose
                         # What was on its way is here soon; more comes only after the repetition.
                         await asyncio.sleep(ARRIVED_AFTER_S)
-                        known = len(tabs[0].events)
-                        await tabs[0].until(lambda one: has_more(one, known, run_ids))
+                        await tabs[0].until(partial(has_more, len(tabs[0].events), run_ids))
                     proxy.lose_next_reply(count=0)
                     await all_ended(tabs, run_ids, 60)
                     texts = dict.fromkeys(run_ids, talked(200))
