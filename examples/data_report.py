@@ -249,7 +249,7 @@ def _outlier_list(outliers: Sequence[Outliers]) -> str:
 def _method(findings: Findings) -> str:
     table = findings.table
     lines = [
-        f"- Cells are separated by the sign “{table.delimiter}”; "
+        f"- The delimiter is the {table.delimiter}; "
         + (
             "the first row names the columns."
             if table.has_header

@@ -132,8 +132,9 @@ async def _answer(
 
 def _table(listed: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="quiet")
-    for name in ("run", "status", "agent", "thread", "attempt", "created", "waits for"):
-        table.add_column(name, no_wrap=name in ("run", "status"), overflow="fold")
+    for name in ("run", "status", "agent", "thread", "try", "created", "waits for"):
+        # Only what is short by nature may not wrap; a thread's id gives way first.
+        table.add_column(name, no_wrap=name not in ("thread", "waits for"), overflow="fold")
     for run in listed:
         status = "stopping" if _is_stopping(run) else str(run["status"])
         waits = [tool["tool_name"] for tool in run["open_tools"]]
@@ -144,7 +145,7 @@ def _table(listed: Sequence[Mapping[str, Any]]) -> Table:
             str(run["agent"]),
             Text(printable(str(run["thread_id"]))),
             str(run["attempt"]),
-            str(run["created_at"])[:19].replace("T", " "),
+            str(run["created_at"])[5:16].replace("T", " "),
             Text(printable(", ".join(waits))),
         )
     return table

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
+import shutil
 import signal
 import socket
+import sys
 import webbrowser
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -232,7 +235,10 @@ def _print_summary(
     facts.add_row("Redis", stack.redis_description)
     facts.add_row("Data", str(folder.path))
     facts.add_row("Worker", plan.worker)
-    facts.add_row("Try", "relay send --user alice 'How does resume work?'")
+    # As it was started here: in a virtual environment that is not active, relay is not on the PATH.
+    is_script = Path(sys.argv[0]).name == "relay" and shutil.which("relay") is None
+    command = shlex.quote(sys.argv[0]) if is_script else "relay"
+    facts.add_row("Try", f"{command} send --user alice 'How does resume work?'")
     out.print()
     out.print(Padding(facts, (0, 0, 0, 2)))
     out.print()

@@ -380,7 +380,9 @@ def after_refusal(
         return Stop(ConnectionEnded(f"The gateway does not allow this connection{said}", status))
     # 408, 425 and 429 ask to come back (RFC 9110, 8470, 6585); other 4xx will not change.
     if 400 <= status < 500 and status not in (408, 425, 429):
-        return Stop(ConnectionEnded(f"No relay at this address (HTTP {status}){said}", status))
+        # Only the relay's own answers explain themselves: a wrong `since` is no wrong address.
+        what = "The gateway refused the connection" if status == 422 else "No relay at this address"
+        return Stop(ConnectionEnded(f"{what} (HTTP {status}){said}", status))
     wait_ms = 0
     if retry_after is not None and retry_after.strip().isdecimal():
         wait_ms = min(int(retry_after) * 1_000, MAX_RETRY_AFTER_MS)
