@@ -35,7 +35,11 @@ async def sweep_orphans(link: RedisLink, keys: Keys, lease_ms: int) -> None:
             return
         agents = await link.client.hkeys(keys.agents)
     for agent in agents:
-        await _sweep_agent(link, keys, _text(agent), lease_ms)
+        try:
+            await _sweep_agent(link, keys, _text(agent), lease_ms)
+        except (ScriptFailed, DecodingFailed) as error:
+            # What one agent's keys hold must not keep the others from being looked at.
+            log.error("agent not swept", agent=repr(agent)[:200], error=str(error))
 
 
 async def _sweep_agent(link: RedisLink, keys: Keys, agent: str, lease_ms: int) -> None:
@@ -83,4 +87,7 @@ async def _give_back(link: RedisLink, keys: Keys, agent: str, consumer: str) -> 
 
 
 def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise DecodingFailed(f"a name that is not UTF-8: {value!r:.100}") from error

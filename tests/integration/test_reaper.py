@@ -25,6 +25,7 @@ from relay.lifecycle import (
     ReportStall,
     RetryAttempt,
 )
+from relay.orphans import sweep_orphans
 from relay.publisher import Publisher, RunStream
 from relay.reaper import Reaper
 from relay.run_model import AgentInfo, Claim, NotClaimed, RunLimits, SubmitRequest
@@ -295,3 +296,17 @@ async def test_an_undecodable_task_of_a_dead_worker_becomes_a_dead_letter(parts:
         while not await parts.link.client.xlen(parts.keys.dead_letters):
             await asyncio.sleep(0.05)
     await dispatch(parts.link, parts.keys, Task(USER, "run_x", "a"))
+
+
+async def test_names_that_are_no_text_do_not_keep_the_sweep_from_other_agents(parts: Parts) -> None:
+    client = parts.link.client
+    await client.hset(parts.keys.agents, mapping={b"\xff": b"{}", "aaa": "{}", "zzz": "{}"})
+    await client.set(parts.keys.tasks("aaa"), "not a stream")
+    stream = parts.keys.tasks("zzz")
+    await client.xgroup_create(stream, GROUP, id="0", mkstream=True)
+    await client.xgroup_createconsumer(stream, GROUP, "worker-dead")
+    await asyncio.sleep(0.01)
+
+    await sweep_orphans(parts.link, parts.keys, lease_ms=1)
+
+    assert await client.xinfo_consumers(stream, GROUP) == []
