@@ -22,8 +22,8 @@ _PART = re.compile(r"[^\W_]+")
 _STOP_WORDS_TEXT = """
 a about also am an and any are as at be been but by can could did do does explain find for
 from get give go goes going had happen happens has have how i if in into is it its just
-list may me mean means my no not of on only or please say shall should show so some tell than that the their
-them then there these they this those to too us use used uses using was we were what whats
+list may me mean means my no not of on only or please say shall should show so some tell than that
+the their them then there these they this those to too us use used uses using was we were what whats
 when where which who whose why will with work works would you your
 """
 _STOP_WORDS = frozenset(_STOP_WORDS_TEXT.split())
