@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 import orjson
+import structlog
 
 from relay.cancelling import Cancelling
 from relay.codec import RunEnvelope, Task, encode_json
@@ -36,6 +37,8 @@ from relay.run_model import (
 )
 from relay.scripts import RedisLink, mapped_errors
 from relay.tasks import dispatch
+
+log = structlog.stdlib.get_logger(__name__)
 
 
 class RunRegistry:
@@ -71,7 +74,13 @@ class RunRegistry:
         """List the agents that workers have registered, by name."""
         with mapped_errors(self._link.url):
             stored = await self._link.client.hgetall(self._keys.agents)
-        agents = [_agent_from(name, fields) for name, fields in stored.items()]
+        agents = []
+        for name, fields in stored.items():
+            try:
+                agents.append(_agent_from(name, fields))
+            except DecodingFailed as error:
+                # Every connection asks for the list: one bad entry must not refuse them all.
+                log.error("agent not understood", agent=repr(name)[:200], error=str(error))
         return sorted(agents, key=lambda agent: agent.name)
 
     async def submit(self, request: SubmitRequest) -> Submitted:
@@ -430,8 +439,13 @@ def _accepted(request: SubmitRequest) -> tuple[str, bytes, bytes]:
 
 
 def _agent_from(name: bytes | str, stored: bytes | str) -> AgentInfo:
-    fields = orjson.loads(stored)
-    return AgentInfo(_text(name), fields.get("description", ""), fields.get("policy", "enqueue"))
+    try:
+        fields = orjson.loads(stored)
+        return AgentInfo(
+            _text(name), fields.get("description", ""), fields.get("policy", "enqueue")
+        )
+    except (ValueError, AttributeError) as error:
+        raise DecodingFailed(f"not an agent: {type(error).__name__}") from error
 
 
 def _text(value: bytes | str | None) -> str:

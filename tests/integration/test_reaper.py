@@ -310,3 +310,11 @@ async def test_names_that_are_no_text_do_not_keep_the_sweep_from_other_agents(pa
     await sweep_orphans(parts.link, parts.keys, lease_ms=1)
 
     assert await client.xinfo_consumers(stream, GROUP) == []
+
+
+async def test_agents_that_are_not_understood_are_left_out_of_the_list(parts: Parts) -> None:
+    known = await parts.registry.agents()
+    await parts.link.client.hset(
+        parts.keys.agents, mapping={b"\xff": b"{}", "x": "{", "y": "[]", "z": b"\xff"}
+    )
+    assert await parts.registry.agents() == known
