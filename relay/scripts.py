@@ -47,6 +47,13 @@ _PARTS: dict[str, tuple[str, ...]] = {
 
 # Answers that say "not now": the server starts, is full, or is no longer the master.
 _PASSING = ("LOADING", "READONLY", "OOM", "BUSY", "MASTERDOWN", "NOREPLICAS", "MISCONF", "TRYAGAIN")
+# The client library gives some of these answers types of their own and cuts the word off the text.
+_PASSING_ERRORS = (
+    redis_errors.OutOfMemoryError,
+    redis_errors.ReadOnlyError,
+    redis_errors.TryAgainError,
+    redis_errors.ClusterDownError,
+)
 _RIGHTS = ("NOAUTH", "WRONGPASS", "NOPERM")
 
 
@@ -323,7 +330,10 @@ class mapped_errors:  # noqa: N801 -- used as a statement, like contextlib's own
             return
         where = hide_password(self._url)
         text = str(error)
-        if isinstance(error, redis_errors.AuthenticationError) or text.startswith(_RIGHTS):
+        is_refused = isinstance(
+            error, redis_errors.AuthenticationError | redis_errors.NoPermissionError
+        )
+        if is_refused or text.startswith(_RIGHTS):
             raise RedisMisconfigured(
                 f"Redis at {where} refuses us: {text} "
                 "Check user and password in RELAY_REDIS_URL and the ACL."
@@ -337,6 +347,11 @@ class mapped_errors:  # noqa: N801 -- used as a statement, like contextlib's own
         ):
             raise RedisUnavailable(f"Redis at {where} does not answer: {text}") from error
         if isinstance(error, redis_errors.ResponseError):
-            if text.startswith(_PASSING) or isinstance(error, redis_errors.ReadOnlyError):
+            if (
+                isinstance(error, _PASSING_ERRORS)
+                or text.startswith(_PASSING)
+                # Redis 6.2 wraps what a command within a script was refused with.
+                or any(f"-{word} " in text for word in _PASSING)
+            ):
                 raise RedisUnavailable(f"Redis at {where} cannot serve us now: {text}") from error
             raise ScriptFailed(text) from error
