@@ -29,7 +29,7 @@ from relay.keys import encode_user
 LEEWAY_S = 30
 """By how much the clocks of issuer and gateway may differ. Fixed, so that nobody widens it."""
 
-MAX_TOKEN_CHARS = 16_384
+MAX_TOKEN_CHARS = 8_000
 _LATEST_EXPIRY_S = 253_402_300_799
 """End of the year 9999: the last moment that a timestamp can show."""
 
