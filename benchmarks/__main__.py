@@ -20,6 +20,7 @@ from benchmarks.measures import (
     rates,
     sustained,
     throughput,
+    worker_memory,
 )
 from benchmarks.processes import (
     BenchmarkFailed,
@@ -44,6 +45,7 @@ MEASURES: dict[str, Callable[[Plan], Section]] = {
         rates,
         memory,
         publish_cost,
+        worker_memory,
     )
 }
 

@@ -276,7 +276,9 @@ class PortServer:
         self.process.stop()
 
 
-def start_worker(redis_url: str, reference: str, app_dir: str) -> Process:
+def start_worker(
+    redis_url: str, reference: str, app_dir: str, concurrency: int | None = None
+) -> Process:
     """Start a worker by its own command; return when it takes tasks."""
     worker = Process(
         "worker",
@@ -286,6 +288,7 @@ def start_worker(redis_url: str, reference: str, app_dir: str) -> Process:
             "RELAY_LOG_FORMAT": "json",
             # The time that an example takes by design to be watched is not the relay's.
             "EXAMPLE_PIECE_MS": "0",
+            **({} if concurrency is None else {"RELAY_WORKER_CONCURRENCY": str(concurrency)}),
         },
     )
     try:

@@ -107,8 +107,12 @@ class Stage:
     def load(self, targets: Sequence[Target]) -> LoadClient:
         return self._start("rest", lambda: LoadClient(self._plan.folder, targets))
 
-    def worker(self, server: RedisProcess, reference: str, app_dir: str) -> Process:
-        return self._start("rest", lambda: start_worker(server.url, reference, app_dir))
+    def worker(
+        self, server: RedisProcess, reference: str, app_dir: str, concurrency: int | None = None
+    ) -> Process:
+        return self._start(
+            "rest", lambda: start_worker(server.url, reference, app_dir, concurrency)
+        )
 
     def publisher(self, server: RedisProcess, *arguments: Any) -> Process:
         """Start the publishing process; it answers ``go`` with what it has measured."""

@@ -59,7 +59,7 @@ def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_quick_run_writes_results(tmp_path: Path) -> None:
     results = tmp_path / "RESULTS.md"
-    measures = ["--only=first-event", "--only=sustained", "--only=publish"]
+    measures = ["--only=first-event", "--only=sustained", "--only=publish", "--only=worker-memory"]
     done = run_module("benchmarks", "--quick", *measures, f"--output={results}")
     assert done.returncode == 0, done.stderr
     text = results.read_text()
