@@ -7,9 +7,10 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from relay.errors import ConfigurationError
+from relay.run_model import ThreadPolicy
 
 NAME_PATTERN = re.compile(r"[a-z0-9_-]{1,64}")
 """An agent's name is part of a key name and is typed by people."""
@@ -30,6 +31,7 @@ class AgentDefinition:
         max_attempts: How often a run may be tried.
         stall_after_s: Silence after which a run counts as stalled.
         timeout_s: Longest time of one attempt; None sets no bound.
+        policy: What happens to a request in a thread that has an active run.
     """
 
     name: str
@@ -39,6 +41,7 @@ class AgentDefinition:
     max_attempts: int
     stall_after_s: float
     timeout_s: float | None
+    policy: ThreadPolicy = "enqueue"
 
 
 def define_agent(
@@ -49,6 +52,7 @@ def define_agent(
     max_attempts: int = 1,
     stall_after_s: float = DEFAULT_STALL_AFTER_S,
     timeout_s: float | None = None,
+    policy: ThreadPolicy = "enqueue",
 ) -> AgentDefinition:
     """Check a declaration.
 
@@ -69,6 +73,11 @@ def define_agent(
     _require_duration(subject, "stall_after_s", stall_after_s)
     if timeout_s is not None:
         _require_duration(subject, "timeout_s", timeout_s)
+    if policy not in get_args(ThreadPolicy):
+        allowed = ", ".join(get_args(ThreadPolicy))
+        raise ConfigurationError(
+            f"{subject}: policy={policy!r} is not allowed. Allowed: {allowed}."
+        )
     return AgentDefinition(
         name=name,
         function=function,
@@ -77,6 +86,7 @@ def define_agent(
         max_attempts=max_attempts,
         stall_after_s=float(stall_after_s),
         timeout_s=None if timeout_s is None else float(timeout_s),
+        policy=policy,
     )
 
 

@@ -139,7 +139,10 @@ class Dispatcher:
     async def register(self) -> None:
         """Make this worker's agents known to the gateways."""
         await self._registry.register_agents(
-            [AgentInfo(agent.name, agent.description) for agent in self._definitions.values()]
+            [
+                AgentInfo(agent.name, agent.description, agent.policy)
+                for agent in self._definitions.values()
+            ]
         )
 
     def stop_taking(self) -> None:

@@ -37,7 +37,7 @@ from relay.errors import ConfigurationError
 from relay.keys import Keys
 from relay.publisher import Publisher
 from relay.reaper import Reaper
-from relay.run_model import RunLimits
+from relay.run_model import RunLimits, ThreadPolicy
 from relay.runs import RunRegistry
 from relay.scripts import LogLimits, RedisLink, ScriptFailed
 from relay.workers import WorkerCard
@@ -95,6 +95,7 @@ class Worker:
         max_attempts: int = 1,
         stall_after_s: float = DEFAULT_STALL_AFTER_S,
         timeout_s: float | None = None,
+        policy: ThreadPolicy = "enqueue",
     ) -> Callable[[AgentFunction], AgentFunction]:
         """Declare an agent. The function is returned unchanged.
 
@@ -110,6 +111,9 @@ class Worker:
                 money should leave it at 1.
             stall_after_s: Silence after which the user is told that the run has stalled.
             timeout_s: Longest time of one attempt; then it ends with ``timeout``.
+            policy: What happens to a request in a thread that has an active run: ``enqueue``
+                it behind that run, ``reject`` it, ``interrupt`` that run, or carry out both
+                in ``parallel``.
 
         Raises:
             ConfigurationError: A part is not allowed, or the name is taken.
@@ -123,6 +127,7 @@ class Worker:
                 max_attempts=max_attempts,
                 stall_after_s=stall_after_s,
                 timeout_s=timeout_s,
+                policy=policy,
             )
             if name in self._definitions:
                 raise ConfigurationError(f"Agent {name!r} is declared twice on this worker.")

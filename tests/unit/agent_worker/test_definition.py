@@ -93,6 +93,7 @@ def test_names_within_the_pattern_are_taken(name: str) -> None:
         ({"timeout_s": float("inf")}, "timeout_s=inf"),
         ({"description": "x" * 501}, "description"),
         ({"description": None}, "description"),
+        ({"policy": "queue"}, "Allowed: enqueue, reject, interrupt, parallel"),
     ],
 )
 def test_wrong_options_are_named_with_what_is_allowed(options: dict[str, Any], part: str) -> None:
