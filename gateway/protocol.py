@@ -132,6 +132,7 @@ class Connection:
             identity.user_id, identity.expires_at_ms, services.session_limits, wall_ms()
         )
         self._outbox = Outbox(services.outbox_bytes)
+        self._is_idle_awaited = False
         self._cursor: Attachment | None = None
         # Set when requests may be read: after connection_established, or when it is over.
         self._may_read = asyncio.Event()
@@ -312,8 +313,11 @@ class Connection:
         metrics = self._services.metrics
         metrics.sent_frames += 1
         metrics.sent_bytes += size_bytes
-        has_room_again = self._outbox.written(size_bytes, steady_ms())
-        if has_room_again and self._closing is None and self._cursor is not None:
+        may_go_on = self._outbox.written(size_bytes, steady_ms())
+        if self._is_idle_awaited and self._outbox.is_empty:
+            self._is_idle_awaited = False
+            may_go_on = True
+        if may_go_on and self._closing is None and self._cursor is not None:
             self._cursor.writable()
 
     def _send(self, frame: bytes, position: str = "") -> None:
@@ -332,6 +336,15 @@ class Connection:
     def has_room(self) -> bool:
         """Whether events may be written; if not, ``writable`` is called later."""
         return self._outbox.has_room
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the socket took everything written; if not, ``writable`` is called when it has.
+
+        Only who asks is called: events that flow cost no such call.
+        """
+        self._is_idle_awaited = not self._outbox.is_empty
+        return not self._is_idle_awaited
 
     def write(self, publication: Publication) -> None:
         """Send an event."""
