@@ -18,7 +18,18 @@ from relay.codec import decode_live, parse_position
 from relay.errors import DecodingFailed, RedisMisconfigured, RedisUnavailable
 from relay.history import page_from, read_body, read_call
 from relay.keys import Keys
-from relay.recovery import Advance, Cursor, Feed, FeedState, FetchBody, Read, Rotate, Since, Sink
+from relay.recovery import (
+    Advance,
+    Cursor,
+    CursorState,
+    Feed,
+    FeedState,
+    FetchBody,
+    Read,
+    Rotate,
+    Since,
+    Sink,
+)
 from relay.scripts import RedisLink, ScriptCall, ScriptFailed, mapped_errors
 from relay.subscriber import Subscriber
 
@@ -84,9 +95,10 @@ class Attachment:
         return self._user_feed.feed.epoch or ""
 
     def writable(self) -> None:
-        """The outbox has room again: go on where the cursor had to stop."""
-        self._cursor.advance()
-        self._hub.perform(self._user_feed)
+        """The outbox has room again, or is empty: go on where the cursor had to stop."""
+        if self._cursor.state is not CursorState.LIVE:
+            self._cursor.advance()
+            self._hub.perform(self._user_feed)
 
     def close(self) -> None:
         """The connection is gone."""

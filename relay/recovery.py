@@ -86,6 +86,10 @@ class Sink(Protocol):
     def has_room(self) -> bool:
         """Whether the outbox is within its budget."""
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the socket has taken everything that was written."""
+
     def established(self, position: Position, recovered: bool, runs: Sequence[ActiveRun]) -> None:
         """Tell the client where it stands; events follow from there."""
 
@@ -445,7 +449,7 @@ class Cursor:
         self._feed.cursors.pop(self, None)
 
     def advance(self) -> None:
-        """Go on where this is possible: the feed is live, or the outbox has room again."""
+        """Go on where this is possible: the feed is live, the outbox has room again or is empty."""
         if self._is_reading:
             return
         if self.state is CursorState.STARTING:
@@ -603,7 +607,7 @@ class Cursor:
 
     def _fetch(self) -> None:
         body = self._body
-        if body is None or not self._sink.has_room:
+        if body is None or not self._has_room_for(body):
             return
         self._is_reading = True
         length = PART_BYTES if body.is_parted else body.size_bytes
@@ -617,6 +621,11 @@ class Cursor:
             length=length,
         )
         self._feed.effects.append(fetch)
+
+    def _has_room_for(self, body: _Body) -> bool:
+        # A part waits for an idle socket: on a slow line, heartbeats would come late behind as
+        # many parts as the budget takes.
+        return self._sink.is_idle if body.is_parted else self._sink.has_room
 
     def receive_body(self, fetch: FetchBody, piece: bytes) -> None:
         """Take bytes of a large event's body; empty where it or its epoch is gone."""

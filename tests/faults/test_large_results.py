@@ -21,8 +21,8 @@ from tests.support.fleet import EventStreamClient, Fleet, FleetClient, percentil
 from tests.support.proxy import TcpProxy
 from tests.support.stack import Stack
 
-SILENT_HEARTBEATS = 2.5
-"""So many without a sign, and a client takes its gateway for dead."""
+LATE_HEARTBEATS = 1.5
+"""A heartbeat is on time if it comes within half an interval of when it is due."""
 
 OMEM_LIMIT_BYTES = 1_048_576
 
@@ -94,8 +94,8 @@ async def test_a_large_result_arrives_whole_and_delays_nobody(
                     heartbeat_ms=size.heartbeat_ms,
                     heartbeat_gap_s=max(gaps.values()),
                 )
-                silent_s = SILENT_HEARTBEATS * size.heartbeat_ms / 1_000
-                assert max(gaps.values()) < silent_s, gaps
+                late_s = LATE_HEARTBEATS * size.heartbeat_ms / 1_000
+                assert max(gaps.values()) < late_s, gaps
                 assert omem < OMEM_LIMIT_BYTES
                 # Not the largest of thousands: that one shows what else the machine did.
                 assert percentile(delays, 0.999) < size.others_limit_ms

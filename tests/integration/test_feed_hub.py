@@ -32,6 +32,7 @@ class Tab:
     def __init__(self, user_id: str = "alice") -> None:
         self.user_id = user_id
         self.has_room = True
+        self.is_idle = True
         self.frames: list[dict[str, Any]] = []
         self.degradations: list[str | None] = []
         self.attachment: Attachment | None = None

@@ -315,6 +315,10 @@ class Connection:
     def has_room(self) -> bool:
         return not self.is_full
 
+    @property
+    def is_idle(self) -> bool:
+        return not self.frames
+
     def _add(self, size: int, frame: tuple[Any, ...], *, is_event: bool = True) -> None:
         require(self.client.connection in (self, None), f"{self.client.name}: write after close")
         if is_event:
@@ -351,6 +355,8 @@ class Connection:
         self._add(len(publication.event), frame)
 
     def write_part(self, frame: bytes) -> None:
+        parts = [queued for _, (kind, *queued) in self.frames if kind == "part"]
+        require(not parts, f"{self.client.name}: a part behind a part")
         self._add(len(frame), ("part", frame))
 
     def reset(self, position: Position, reason: str, runs: Sequence[ActiveRun]) -> None:
@@ -372,6 +378,8 @@ class Connection:
                 self.transcript.append((self.client.fork(), frame))
         if self.is_full and self.size <= OUTBOX_BYTES // 2:
             self.is_full = False
+            self.cursor.advance()
+        elif not self.frames:
             self.cursor.advance()
 
     def close(self) -> None:

@@ -190,6 +190,9 @@ ABLATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "rule 11: never below the cursor": without("Cursor.receive", write_what_is_below_the_cursor),
     "rule 13: audit": without("Gateway.audit", lambda gateway: None),
     "rule 15: outbox": without("Connection.has_room", property(lambda connection: True)),
+    "parts wait for an idle socket": without(
+        "Cursor._has_room_for", lambda cursor, body: cursor._sink.has_room
+    ),
     "whole: after a cut page history": without("Cursor._write_page", go_on_from_the_ring),
     "whole: a start below the channel's offset": without("Cursor._start", start_whole_at_the_head),
     "rewind: less than was seen": without("Feed._rotate", lambda feed: feed._settle()),
