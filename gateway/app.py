@@ -92,7 +92,11 @@ class Gateway:
         )
         self.node = Node(self.link, keys, on_disconnect_user=self._disconnect_user)
         self._probe = Probe(self.link, self.node.channel)
-        self.health = Health(self._probe, is_subscribed=lambda: self.hub.subscriber.is_connected)
+        self.health = Health(
+            self._probe,
+            is_subscribed=lambda: self.hub.subscriber.is_connected,
+            agents_error=lambda: self._commands.agents_error,
+        )
         self._verifier = TokenVerifier(
             settings.secrets,
             key_set=KeySet(settings.jwt_jwks_url) if settings.jwt_jwks_url else None,

@@ -6,11 +6,16 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+import structlog
+
 from gateway.requests import AnswerFields, MessageFields, check_content
 from relay.errors import RequestRefused
 from relay.inputs import InputAnswer
 from relay.run_model import AgentInfo, CancelOutcome, RunDetail, SubmitRequest, Submitted
 from relay.runs import RunRegistry
+from relay.scripts import ScriptFailed
+
+log = structlog.stdlib.get_logger(__name__)
 
 AGENTS_MAX_AGE_S = 1.0
 """A reconnect storm reads the list of agents once a second, not once per connection."""
@@ -18,6 +23,9 @@ AGENTS_MAX_AGE_S = 1.0
 
 class RunCommands:
     """Submits and cancels runs in a user's name.
+
+    Attributes:
+        agents_error: Why the list of agents could not be read when it was last asked for, or None.
 
     Args:
         registry: All runs.
@@ -31,6 +39,7 @@ class RunCommands:
         self.registry = registry
         self._default_agent = default_agent
         self._max_content_chars = max_content_chars
+        self.agents_error: str | None = None
         self._agents: Sequence[AgentInfo] = ()
         self._agents_read_s = float("-inf")
         self._reading = asyncio.Lock()
@@ -38,17 +47,28 @@ class RunCommands:
     async def agents(self) -> Sequence[AgentInfo]:
         """List the registered agents, the default first, as they were at most a second ago.
 
+        A list that cannot be understood refuses nobody: clients get the last good one.
+
         Raises:
             RedisUnavailable: Redis does not answer, so this gateway can serve nobody now.
         """
         async with self._reading:
             if time.monotonic() - self._agents_read_s > AGENTS_MAX_AGE_S:
-                # Clients offer the list in this order, so the default comes first.
-                agents = await self.registry.agents()
-                default = self._default_agent
-                self._agents = sorted(agents, key=lambda agent: agent.name != default)
+                await self._read_agents()
                 self._agents_read_s = time.monotonic()
             return self._agents
+
+    async def _read_agents(self) -> None:
+        try:
+            agents = await self.registry.agents()
+        except ScriptFailed as error:
+            if self.agents_error is None:
+                log.error("list of agents cannot be read", error=str(error))
+            self.agents_error = str(error)
+            return
+        self.agents_error = None
+        # Clients offer the list in this order, so the default comes first.
+        self._agents = sorted(agents, key=lambda agent: agent.name != self._default_agent)
 
     async def submit(self, user_id: str, message: MessageFields, message_id: str) -> Submitted:
         """Start a run.

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from starlette.routing import BaseRoute, WebSocketRoute
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from gateway.auth import SUBPROTOCOL, find_credential
@@ -58,11 +60,17 @@ def websocket_routes(
             raise
         await run_beside(transport.run(), connection.run(websocket.receive))
 
+    async def without_upgrade(_: Request) -> Response:
+        # RFC 9110 section 15.5.22; the option in Connection belongs to it (section 7.8).
+        headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
+        return problem(RequestRefused("upgrade_required"), headers)
+
     async def nothing_here(websocket: WebSocket) -> None:
         await _deny(websocket, services, RequestRefused("not_found"))
 
     return [
         WebSocketRoute("/v1/ws", connect),
+        Route("/v1/ws", without_upgrade, methods=["GET"]),
         WebSocketRoute("/{path:path}", nothing_here),
     ]
 

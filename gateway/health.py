@@ -16,11 +16,17 @@ SLACK_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One named condition of readiness."""
+    """One named condition.
+
+    Attributes:
+        is_required: Whether clients must be sent elsewhere while it is not met. What is the same on
+            every gateway is not: taking all of them away would end what still works.
+    """
 
     name: str
     is_ok: bool
     detail: str
+    is_required: bool = True
 
 
 class Health:
@@ -29,6 +35,7 @@ class Health:
     Args:
         probe: The round trip.
         is_subscribed: Whether the pub/sub connection is up.
+        agents_error: Gives why the list of agents cannot be read, or None.
         interval_s: Time between probes.
     """
 
@@ -37,10 +44,12 @@ class Health:
         probe: Probe,
         *,
         is_subscribed: Callable[[], bool],
+        agents_error: Callable[[], str | None],
         interval_s: float = PROBE_INTERVAL_S,
     ) -> None:
         self._probe = probe
         self._is_subscribed = is_subscribed
+        self._agents_error = agents_error
         self._interval_s = interval_s
         self._succeeded_s: float | None = None
         self.is_draining = False
@@ -68,11 +77,16 @@ class Health:
     @property
     def is_ready(self) -> bool:
         """Whether clients should be sent here."""
-        return all(check.is_ok for check in self.checks())
+        return all(check.is_ok for check in self.checks() if check.is_required)
 
     def checks(self) -> list[Check]:
-        """Give all conditions of readiness and what is known about each."""
-        return [self._check_probe(), self._check_subscription(), self._check_drain()]
+        """Give all conditions and what is known about each."""
+        return [
+            self._check_probe(),
+            self._check_subscription(),
+            self._check_drain(),
+            self._check_agents(),
+        ]
 
     def _check_probe(self) -> Check:
         error = self._probe.last_error
@@ -96,3 +110,14 @@ class Health:
         if self.is_draining:
             return Check("drain", False, "this gateway is handing its connections over")
         return Check("drain", True, "not draining")
+
+    def _check_agents(self) -> Check:
+        error = self._agents_error()
+        if error is None:
+            return Check("agents", True, "the list of agents can be read", is_required=False)
+        return Check(
+            "agents",
+            False,
+            f"the list of agents cannot be read, so no run can be submitted: {error}",
+            is_required=False,
+        )

@@ -134,6 +134,16 @@ WIRE_ERRORS: dict[str, Guidance] = {
         ("See docs/protocol.md for the methods of this address.",),
         405,
     ),
+    "upgrade_required": Guidance(
+        "This address speaks WebSocket only.",
+        False,
+        (
+            "Connect with a WebSocket client: ws:// or wss:// instead of http:// or https://.",
+            "Behind a proxy, let it pass the Upgrade header on.",
+            "Without WebSocket, read the events from GET /v1/events.",
+        ),
+        426,
+    ),
     "internal": Guidance(
         "The gateway failed to handle the request.",
         True,

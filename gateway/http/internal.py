@@ -37,7 +37,12 @@ def health_routes(health: Health, *, with_detail: bool) -> list[Route]:
         body: dict[str, object] = {"status": "ready" if is_ready else "not_ready"}
         if with_detail:
             body["checks"] = [
-                {"name": check.name, "ok": check.is_ok, "detail": check.detail}
+                {
+                    "name": check.name,
+                    "ok": check.is_ok,
+                    "required": check.is_required,
+                    "detail": check.detail,
+                }
                 for check in health.checks()
             ]
         return json_response(body, 200 if is_ready else 503)

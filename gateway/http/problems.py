@@ -25,6 +25,7 @@ _TITLES = {
     409: "Conflict",
     413: "Too large",
     422: "Not valid",
+    426: "Upgrade required",
     429: "Too many requests",
     500: "Internal error",
     503: "Not available",

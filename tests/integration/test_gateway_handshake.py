@@ -7,6 +7,7 @@ import base64
 import json
 from typing import TYPE_CHECKING
 
+import httpx
 import jwt
 import pytest
 from websockets.exceptions import InvalidStatus
@@ -315,3 +316,28 @@ async def test_redis_away_is_told_with_503(own_redis: OwnRedis, key_prefix: str)
                 await asyncio.sleep(0.05)
         else:
             pytest.fail("the gateway did not come back")
+
+
+async def test_request_without_upgrade_is_told_to_upgrade(gateway: Gateway) -> None:
+    async with http(gateway, "alice", **GOOD) as client:
+        answer = await client.get("/v1/ws")
+    assert answer.status_code == 426
+    assert answer.headers["Upgrade"] == "websocket"
+    assert answer.headers["Connection"].lower() == "upgrade"
+    assert answer.json()["code"] == "upgrade_required"
+    assert any("wss://" in hint for hint in answer.json()["recovery_suggestions"])
+
+
+async def test_list_of_agents_that_cannot_be_read_refuses_nobody(
+    gateway: Gateway, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    await redis.set(Keys(key_prefix).agents, b"of the wrong type")
+    async with raw_tab(gateway, headers=bearer(**GOOD)) as opened:
+        assert (await opened.receive())["agents"] == []
+    async with httpx.AsyncClient(base_url=gateway.admin_url, trust_env=False) as operator:
+        answer = await operator.get("/readyz")
+        assert answer.status_code == 200
+        [agents] = [check for check in answer.json()["checks"] if check["name"] == "agents"]
+        assert not agents["ok"]
+        assert not agents["required"]
+        assert "WRONGTYPE" in agents["detail"]
