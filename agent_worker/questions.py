@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +13,7 @@ import jsonschema
 import structlog
 
 from agent_worker.errands import Errands
+from relay import clock
 from relay.errors import InputDenied, InputExpired, InvalidEvent, RelayError
 from relay.events import EventType, format_timestamp
 
@@ -88,7 +88,7 @@ class Questions:
         schema: Mapping[str, Any] | None,
         timeout_s: float,
     ) -> InputReply:
-        expires_ms = _now_ms() + round(timeout_s * 1000)
+        expires_ms = clock.now_ms() + round(timeout_s * 1000)
         waiting: asyncio.Future[InputReply] = asyncio.get_running_loop().create_future()
         # Known before it is published: the answer may overtake the acknowledgement.
         self._waiting[request_id] = waiting
@@ -106,10 +106,10 @@ class Questions:
             await self._outlet.flush()
             await self._errands.look_no_later(expires_ms)
             while not waiting.done():
-                left_s = max(0.0, (expires_ms - _now_ms()) / 1000) + RECHECK_S
+                left_s = max(0.0, (expires_ms - clock.now_ms()) / 1000) + RECHECK_S
                 await asyncio.wait({waiting}, timeout=left_s)
                 if not waiting.done():
-                    await self._errands.look_no_later(_now_ms())
+                    await self._errands.look_no_later(clock.now_ms())
             return waiting.result()
         except asyncio.CancelledError:
             await self._withdraw(request_id)
@@ -169,7 +169,3 @@ def _require_schema(schema: Mapping[str, Any] | None) -> None:
         jsonschema.validators.validator_for(schema).check_schema(schema)
     except jsonschema.SchemaError as error:
         raise InvalidEvent(f"input_requested: schema: {error.message}") from None
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

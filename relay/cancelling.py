@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 
-from relay.codec import RunEnvelope, Task
+from relay import clock
+from relay.codec import RunEnvelope, Task, text_of
 from relay.columns import lifecycle_columns
 from relay.deadlines import Deadlines
 from relay.errors import DecodingFailed, RequestRefused
@@ -51,10 +51,10 @@ class Cancelling:
                 )
             if stored[0] is None:
                 raise RequestRefused("unknown_run")
-            attempt, now_ms = int(_text(stored[0])), _now_ms()
-            envelope = RunEnvelope(run_id, attempt, _text(stored[1]), user_id, _text(stored[2]))
+            attempt, now_ms = int(text_of(stored[0])), clock.now_ms()
+            envelope = RunEnvelope(run_id, attempt, text_of(stored[1]), user_id, text_of(stored[2]))
             flag = {"by": by, "reason": reason}
-            ended = {**flag, "duration_ms": max(0, now_ms - int(_text(stored[3])))}
+            ended = {**flag, "duration_ms": max(0, now_ms - int(text_of(stored[3])))}
             call = self._link.call(
                 "cancel",
                 user,
@@ -67,7 +67,7 @@ class Cancelling:
             )
             await self._deadlines.bring_forward(user_id, run_id, now_ms + self._grace_ms)
             [reply] = await self._link.run([call])
-            outcome = await self._done(user_id, run_id, flag, [_text(part) for part in reply])
+            outcome = await self._done(user_id, run_id, flag, [text_of(part) for part in reply])
             if outcome is not None:
                 await self.cancel_children(user_id, run_id)
                 return outcome
@@ -82,7 +82,7 @@ class Cancelling:
         user = self._keys.user(user_id)
         with mapped_errors(self._link.url):
             children = await self._link.client.hget(user.run(run_id), "children")
-        for child in _text(children).split():
+        for child in text_of(children).split():
             try:
                 await self.cancel(user_id, child, by="system", reason=PARENT_STOPPED)
             except RequestRefused as refused:
@@ -121,11 +121,3 @@ class Cancelling:
         signal = {"kind": "cancel", "user_id": user_id, "run_id": run_id, **flag}
         with mapped_errors(self._link.url):
             await self._link.client.publish(self._keys.worker(worker_id), orjson.dumps(signal))
-
-
-def _text(value: bytes | str | None) -> str:
-    return value.decode() if isinstance(value, bytes) else (value or "")
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -58,6 +58,18 @@ def parse_position(text: str) -> Position:
     return Position(epoch, int(offset))
 
 
+def text_of(value: bytes | str | None) -> str:
+    """Give a part of an answer of Redis as text; none is the empty one.
+
+    Raises:
+        DecodingFailed: It is not UTF-8.
+    """
+    try:
+        return value.decode() if isinstance(value, bytes) else (value or "")
+    except UnicodeDecodeError as error:
+        raise DecodingFailed(f"a name that is not UTF-8: {value!r:.100}") from error
+
+
 def encode_json(value: Any, path: str = "data") -> bytes:
     """Give a value's JSON form as UTF-8.
 

@@ -255,9 +255,9 @@ def letter_from(entry_id: bytes, fields: dict[bytes, bytes]) -> DeadLetter:
         task = None
     return DeadLetter(
         letter_id=entry_id.decode(),
-        reason=_text(fields.get(b"reason")),
-        agent=_text(fields.get(b"agent")),
-        entry_id=_text(fields.get(b"entry_id")),
+        reason=_readable(fields.get(b"reason")),
+        agent=_readable(fields.get(b"agent")),
+        entry_id=_readable(fields.get(b"entry_id")),
         at_ms=int(at_ms if at_ms.isdigit() else entry_id.partition(b"-")[0]),
         payload=payload,
         task=task,
@@ -319,5 +319,5 @@ def _no_letter(letter_id: str) -> RequestRefused:
     )
 
 
-def _text(value: bytes | None) -> str:
+def _readable(value: bytes | None) -> str:
     return (value or b"").decode(errors="replace")

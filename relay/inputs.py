@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import jsonschema
 import orjson
 
-from relay.codec import RunEnvelope
+from relay import clock
+from relay.codec import RunEnvelope, text_of
 from relay.columns import Columns, lifecycle_columns
 from relay.errors import DecodingFailed, RequestRefused
 from relay.events import EventType
@@ -51,7 +51,7 @@ async def answer_input(
             stored = await link.client.hmget(
                 user.run(run_id), ["attempt", "thread", "agent", "open_inputs"]
             )
-        attempt, thread, agent, open_inputs = (_text(part) for part in stored)
+        attempt, thread, agent, open_inputs = (text_of(part) for part in stored)
         if not attempt:
             raise RequestRefused("unknown_run")
         asked = orjson.loads(open_inputs or "{}").get(request_id)
@@ -65,7 +65,7 @@ async def answer_input(
         }
         if not answer.is_denied:
             resolved["value"] = answer.value
-        columns = lifecycle_columns(envelope, EventType.INPUT_RESOLVED, _now_ms(), resolved)
+        columns = lifecycle_columns(envelope, EventType.INPUT_RESOLVED, clock.now_ms(), resolved)
         if await resolve_input(link, keys, envelope, request_id, resolved, columns):
             return
     raise RequestRefused("internal", "The run changes too quickly to be answered. Try again.")
@@ -125,7 +125,7 @@ async def resolve_input(
         *event,
     )
     [reply] = await link.run([call])
-    match [_text(part) for part in reply]:
+    match [text_of(part) for part in reply]:
         case ["ok", worker_id, _]:
             if worker_id:
                 signal = {
@@ -148,11 +148,3 @@ async def resolve_input(
             raise RequestRefused("unknown_run")
         case other:
             raise DecodingFailed(f"resolve answered {other!r}")
-
-
-def _text(value: bytes | str | None) -> str:
-    return value.decode() if isinstance(value, bytes) else (value or "")
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

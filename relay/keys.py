@@ -35,6 +35,16 @@ WORKER_INDEX_TTL_MS = 3_600_000
 BODY_THRESHOLD_BYTES = 65_536
 """An event above this is stored beside the log; a live message above it becomes a claim."""
 
+SCRIPT_CONSTANTS: dict[str, int] = {
+    "BODY_THRESHOLD_BYTES": BODY_THRESHOLD_BYTES,
+    "CHANNEL_TTL_MARGIN_MS": CHANNEL_TTL_MARGIN_MS,
+    "JUST_ENDED_MS": JUST_ENDED_MS,
+    "RUN_TTL_ACTIVE_MS": RUN_TTL_ACTIVE_MS,
+    "RUN_TTL_AFTER_END_MS": RUN_TTL_AFTER_END_MS,
+    "TEXT_TTL_AFTER_RUN_MS": TEXT_TTL_AFTER_RUN_MS,
+}
+"""What the scripts know under the same names: nothing of it is written down in Lua."""
+
 MAX_USER_ID_CHARS = 256
 
 
@@ -166,10 +176,3 @@ class Keys:
     def ticket(self, ticket_id: str) -> str:
         """String: a one-use ticket for opening a WebSocket."""
         return f"{self.prefix}:ticket:{ticket_id}"
-
-    def user_of_live(self, channel: str) -> str | None:
-        """Give the user whose live channel this is, or None for any other channel."""
-        start = self.prefix + ":{"
-        if channel.startswith(start) and channel.endswith("}:live"):
-            return decode_user(channel[len(start) : -len("}:live")])
-        return None

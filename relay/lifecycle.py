@@ -224,11 +224,15 @@ def _decide_at_work(run: RunTruth, cancel_grace_ms: int) -> Decision:
         if expires_ms <= now_ms:
             return ExpireInput(request_id)
         due.append(expires_ms)
-    # An attempt that has not begun cannot stall: the grammar has no place for it.
-    can_stall = run.status == "running" and run.has_begun and run.stall_after_ms
-    if can_stall and run.stalled_ms != run.updated_ms:
-        idle_ms = now_ms - run.updated_ms
-        if idle_ms >= run.stall_after_ms:
-            return ReportStall(idle_ms)
-        due.append(run.updated_ms + run.stall_after_ms)
+    if run.stall_after_ms:
+        # An attempt that has not begun cannot stall: the grammar has no place for it.
+        can_stall = run.status == "running" and run.has_begun
+        if can_stall and run.stalled_ms != run.updated_ms:
+            idle_ms = now_ms - run.updated_ms
+            if idle_ms >= run.stall_after_ms:
+                return ReportStall(idle_ms)
+            due.append(run.updated_ms + run.stall_after_ms)
+        else:
+            # It may begin, be answered or go on at any time from now, and fall silent again.
+            due.append(now_ms + run.stall_after_ms)
     return LookAgain(min(due))

@@ -7,7 +7,7 @@ from typing import Any
 
 import structlog
 
-from relay.codec import decode_task
+from relay.codec import decode_task, text_of
 from relay.errors import DecodingFailed
 from relay.keys import Keys
 from relay.scripts import RedisLink, ScriptFailed, mapped_errors
@@ -36,7 +36,7 @@ async def sweep_orphans(link: RedisLink, keys: Keys, lease_ms: int) -> None:
         agents = await link.client.hkeys(keys.agents)
     for agent in agents:
         try:
-            await _sweep_agent(link, keys, _text(agent), lease_ms)
+            await _sweep_agent(link, keys, text_of(agent), lease_ms)
         except (ScriptFailed, DecodingFailed) as error:
             # What one agent's keys hold must not keep the others from being looked at.
             log.error("agent not swept", agent=repr(agent)[:200], error=str(error))
@@ -52,7 +52,7 @@ async def _sweep_agent(link: RedisLink, keys: Keys, agent: str, lease_ms: int) -
             return
         raise
     for consumer in consumers:
-        name = _text(consumer["name"])
+        name = text_of(consumer["name"])
         if consumer["idle"] < lease_ms:
             continue
         with mapped_errors(link.url):
@@ -84,10 +84,3 @@ async def _give_back(link: RedisLink, keys: Keys, agent: str, consumer: str) -> 
         with mapped_errors(link.url):
             await link.client.xgroup_delconsumer(stream, GROUP, consumer)
         log.info("dead worker forgotten", worker_id=consumer, agent=agent, tasks=len(pending))
-
-
-def _text(value: bytes | str) -> str:
-    try:
-        return value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError as error:
-        raise DecodingFailed(f"a name that is not UTF-8: {value!r:.100}") from error

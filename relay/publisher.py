@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 
+from relay import clock
 from relay.batches import Acknowledged, Batch, OutgoingBatches
 from relay.cancellation import end_tasks
 from relay.codec import Task, redact
@@ -127,7 +128,7 @@ class RunStream:
         if event_type is EventType.INPUT_REQUESTED and "schema" in given:
             # Its keys are names of fields, not secrets; redacted, no answer could fit it.
             valid = {**valid, "schema": given["schema"]}
-        now_ms = _now_ms()
+        now_ms = clock.now_ms()
         event = self.claim.envelope.encode(event_type, now_ms, valid)
         if len(event) > MAX_EVENT_BYTES:
             raise AgentError("payload_too_large")
@@ -157,7 +158,7 @@ class RunStream:
         text.encode()  # A lone surrogate has no UTF-8 form: raise here, not in the sender.
         self.grammar.apply(EventType.TEXT_DELTA, {})
         self._pieces.append(text)
-        self.batches.add_text(text, _now_ms())
+        self.batches.add_text(text, clock.now_ms())
         self._added()
 
     async def progress(
@@ -173,7 +174,7 @@ class RunStream:
         data = {"tool_call_id": tool_call_id, "progress_percentage": percentage, "note": note}
         valid = validate_data(EventType.TOOL_PROGRESS, data)
         self.grammar.apply(EventType.TOOL_PROGRESS, valid)
-        event = self.claim.envelope.encode(EventType.TOOL_PROGRESS, _now_ms(), valid)
+        event = self.claim.envelope.encode(EventType.TOOL_PROGRESS, clock.now_ms(), valid)
         self.batches.add_progress(tool_call_id, event)
         self._added()
 
@@ -399,14 +400,14 @@ class Publisher:
             for stream in self._streams.values()
             if (at_ms := stream.batches.due_at_ms(self._merge_ms)) is not None
         ]
-        return None if not due else max(0.0, (min(due) - _now_ms()) / 1000)
+        return None if not due else max(0.0, (min(due) - clock.now_ms()) / 1000)
 
     async def _send_due(self) -> None:
         while self._dispatches:
             await dispatch(self._link, self._keys, self._dispatches[0])
             self._dispatches.pop(0)
         self._dispatched.set()
-        now_ms = _now_ms()
+        now_ms = clock.now_ms()
         sent: list[tuple[RunStream, Batch]] = []
         calls: list[ScriptCall] = []
         for stream in self._streams.values():
@@ -458,7 +459,3 @@ class Publisher:
                 self._dispatches.append(Task(user_id, run_id, agent))
                 self._dispatched.clear()
         stream.advanced()
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

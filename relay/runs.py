@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import time
 from collections.abc import Sequence
 
 import orjson
 import structlog
 
+from relay import clock
 from relay.cancelling import Cancelling
-from relay.codec import RunEnvelope, Task, encode_json
+from relay.codec import RunEnvelope, Task, encode_json, text_of
 from relay.deadlines import Deadlines
 from relay.errors import DecodingFailed, RequestRefused, RunEnded, StaleFence
 from relay.events import EventType, validate_data
@@ -123,10 +123,10 @@ class RunRegistry:
         )
         # Intent first: should this process die after the script, the reaper finds the run.
         await self._deadlines.bring_forward(
-            request.user_id, run_id, _now_ms() + self._limits.dispatch_check_ms
+            request.user_id, run_id, clock.now_ms() + self._limits.dispatch_check_ms
         )
         [reply] = await self._link.run([call])
-        return await self._submitted(request, run_id, [_text(part) for part in reply])
+        return await self._submitted(request, run_id, [text_of(part) for part in reply])
 
     async def _submitted(
         self, request: SubmitRequest, run_id: str, reply: Sequence[str]
@@ -208,9 +208,10 @@ class RunRegistry:
             lease_ms,
             stall_after_ms,
         )
-        await self._deadlines.bring_forward(request.user_id, run_id, _now_ms() + lease_ms)
+        look_in_ms = min(lease_ms, stall_after_ms or lease_ms)
+        await self._deadlines.bring_forward(request.user_id, run_id, clock.now_ms() + look_in_ms)
         [reply] = await self._link.run([call])
-        match [_text(part) for part in reply]:
+        match [text_of(part) for part in reply]:
             case ["opened", seq, created_ms, epoch]:
                 return Claim(
                     envelope=RunEnvelope(
@@ -252,7 +253,9 @@ class RunRegistry:
             RedisUnavailable: Whether they know is unknown; the run's deadline finds it later.
         """
         envelope = claim.envelope
-        await self._deadlines.bring_forward(envelope.user_id, envelope.run_id, _now_ms() + delay_ms)
+        await self._deadlines.bring_forward(
+            envelope.user_id, envelope.run_id, clock.now_ms() + delay_ms
+        )
         if delay_ms == 0:
             task = Task(envelope.user_id, envelope.run_id, envelope.agent)
             await dispatch(self._link, self._keys, task)
@@ -294,6 +297,9 @@ class RunRegistry:
             DecodingFailed: The run's request cannot be read.
         """
         fence = fence or secrets.token_hex(8)
+        if 0 < stall_after_ms < lease_ms:
+            # The look that the request asked for may come long after the silence has begun.
+            await self._deadlines.bring_forward(user_id, run_id, clock.now_ms() + stall_after_ms)
         call = self._link.call(
             "claim",
             self._keys.user(user_id),
@@ -307,18 +313,18 @@ class RunRegistry:
         )
         [reply] = await self._link.run([call])
         if reply[0] != b"claimed":
-            return NotClaimed(_text(reply[0]))
+            return NotClaimed(text_of(reply[0]))
         _, attempt, seq, agent, thread, request, cancel, created_ms, epoch = reply
         try:
             asked = RunRequest(**orjson.loads(request))
         except (ValueError, TypeError) as error:
             raise DecodingFailed(f"the request of run {run_id} cannot be read: {error}") from error
         return Claim(
-            envelope=RunEnvelope(run_id, int(attempt), _text(thread), user_id, _text(agent)),
+            envelope=RunEnvelope(run_id, int(attempt), text_of(thread), user_id, text_of(agent)),
             request=asked,
             fence=fence,
             seq=int(seq),
-            epoch=_text(epoch),
+            epoch=text_of(epoch),
             created_ms=int(created_ms),
             cancel=orjson.loads(cancel) if cancel else None,
         )
@@ -355,7 +361,7 @@ class RunRegistry:
             for claim, outcome in zip(claims, renewed, strict=True)
             if outcome.is_held
         ]
-        await Deadlines(link, self._keys).restore(held, _now_ms() + lease_ms)
+        await Deadlines(link, self._keys).restore(held, clock.now_ms() + lease_ms)
         return renewed
 
     async def answer_input(
@@ -435,26 +441,18 @@ def _accepted(request: SubmitRequest) -> tuple[str, bytes, bytes]:
     asked = {"message_id": request.message_id, "content": request.content, "metadata": metadata}
     envelope = RunEnvelope(run_id, 0, request.thread_id, request.user_id, request.agent)
     data = validate_data(EventType.AGENT_QUEUED, asked)
-    return run_id, encode_json(asked), envelope.encode(EventType.AGENT_QUEUED, _now_ms(), data)
+    return run_id, encode_json(asked), envelope.encode(EventType.AGENT_QUEUED, clock.now_ms(), data)
 
 
 def _agent_from(name: bytes | str, stored: bytes | str) -> AgentInfo:
     try:
         fields = orjson.loads(stored)
         return AgentInfo(
-            _text(name), fields.get("description", ""), fields.get("policy", "enqueue")
+            text_of(name), fields.get("description", ""), fields.get("policy", "enqueue")
         )
     except (ValueError, AttributeError) as error:
         raise DecodingFailed(f"not an agent: {type(error).__name__}") from error
 
 
-def _text(value: bytes | str | None) -> str:
-    return value.decode() if isinstance(value, bytes) else (value or "")
-
-
 def _bytes(value: bytes | str | None) -> bytes:
     return value.encode() if isinstance(value, str) else (value or b"")
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -24,7 +24,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from relay.errors import RedisMisconfigured, RedisUnavailable, RelayError
-from relay.keys import UserKeys
+from relay.keys import SCRIPT_CONSTANTS, UserKeys
 
 OLDEST_REDIS = (6, 2)
 SCHEMES = ("redis", "rediss", "unix", "valkey", "valkeys")
@@ -70,11 +70,17 @@ class Script(NamedTuple):
 
 
 def load_scripts() -> dict[str, Script]:
-    """Read the Lua files of this package; each operation begins with the shared parts."""
+    """Read the Lua files of this package.
+
+    Each operation begins with the constants of ``relay.keys``, then the shared parts.
+    """
     folder = resources.files("relay") / "lua"
+    constants = f"local {', '.join(SCRIPT_CONSTANTS)} = "
+    constants += ", ".join(str(value) for value in SCRIPT_CONSTANTS.values())
     scripts = {}
     for name, parts in _PARTS.items():
-        source = b"\n".join((folder / f"{part}.lua").read_bytes() for part in parts)
+        files = [(folder / f"{part}.lua").read_bytes() for part in parts]
+        source = b"\n".join([constants.encode(), *files])
         sha = hashlib.sha1(source, usedforsecurity=False).hexdigest()
         scripts[name] = Script(name, source, sha)
     return scripts

@@ -249,7 +249,7 @@ def names_in_code() -> set[str]:
     found = set()
     for owner in owners:
         for name, member in vars(type(owner)).items():
-            if name.startswith("_") or name in ("user", "base", "user_of_live"):
+            if name.startswith("_") or name in ("user", "base"):
                 continue
             if isinstance(member, (property, cached_property)):
                 value = getattr(owner, name)

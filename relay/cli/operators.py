@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from relay import clock
 from relay.cli import console
 from relay.cli.follow import interruptible
 from relay.cli.local import operator_settings
@@ -131,7 +131,7 @@ async def _show_once(redis_url: str | None, *, as_json: bool) -> None:
     if as_json:
         typer.echo(orjson.dumps(overview.as_json()))
     else:
-        console.out.print(overview.as_tables(_now_ms()))
+        console.out.print(overview.as_tables(clock.now_ms()))
 
 
 async def _watch_json(redis_url: str | None) -> int:
@@ -146,7 +146,7 @@ async def _watch(redis_url: str | None) -> int:
         with Live(console=console.out, auto_refresh=False) as live:
             while True:
                 try:
-                    shown = (await _look(operator)).as_tables(_now_ms())
+                    shown = (await _look(operator)).as_tables(clock.now_ms())
                 except RedisUnavailable as error:
                     # Whoever watches wants to see the end of the outage as well.
                     shown = Text(str(error), style="bad")
@@ -349,7 +349,3 @@ def _table(*names: str) -> Table:
         # Ids are copied: they are never broken.
         table.add_column(name, no_wrap=name in ("id", "worker", "pid", "run"), overflow="fold")
     return table
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

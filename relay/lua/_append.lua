@@ -34,7 +34,7 @@ local function append(channel, batch, kind, seq, run_id, event, digest, is_termi
       fields[#fields + 1] = 'x'
       fields[#fields + 1] = '1'
     end
-    if #event > BODY_THRESHOLD then
+    if #event > BODY_THRESHOLD_BYTES then
       fields[#fields + 1] = 'z'
       fields[#fields + 1] = int(#event)
       fields[#fields + 1] = 'd'
@@ -44,9 +44,9 @@ local function append(channel, batch, kind, seq, run_id, event, digest, is_termi
       fields[#fields + 1] = event
     end
     add_to_log(offset, fields)
-    if #event > BODY_THRESHOLD then
+    if #event > BODY_THRESHOLD_BYTES then
       redis.call('SET', BASE .. 'body:' .. int(offset), event,
-        'PX', math.max(MAX_AGE_MS + LOG_MARGIN_MS, RUN_AFTER_END_MS))
+        'PX', math.max(MAX_AGE_MS + CHANNEL_TTL_MARGIN_MS, RUN_TTL_AFTER_END_MS))
     end
     channel.tail = offset
     channel.bytes = channel.bytes + #event
@@ -135,7 +135,7 @@ local function commit(channel, batch)
     touch(channel)
   end
   local message
-  if batch.bytes < BODY_THRESHOLD then
+  if batch.bytes < BODY_THRESHOLD_BYTES then
     message = cmsgpack.pack({WIRE_VERSION, channel.epoch, batch.entries})
   else
     -- Claim check: subscribers read the log, their output buffers never hold megabytes.

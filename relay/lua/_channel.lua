@@ -6,6 +6,9 @@
 --       3 most events in the log  4 their greatest age in ms  5 their greatest sum in bytes
 --       6 … the operation's own
 --
+-- Times and sizes in capitals that are not defined here come from relay/keys.py: its
+-- SCRIPT_CONSTANTS stand before every script as locals of the same names.
+--
 -- Order of work in every operation: open the channel, check everything, then write.
 
 local CHANNEL, LOG, TEXTS, LIVE, RUNS, THREADS, RUN =
@@ -15,14 +18,8 @@ local MAX_EVENTS, MAX_AGE_MS, MAX_BYTES = tonumber(ARGV[3]), tonumber(ARGV[4]), 
 
 local WIRE_VERSION = 1
 local KIND_EVENT, KIND_TEXT = 0, 1
-local BODY_THRESHOLD = 65536
 local MAX_PREVIOUS = 8
 local TOUCH_MS = 60000
-local LOG_MARGIN_MS = 3600000
-local TEXT_AFTER_RUN_MS = 300000
-local JUST_ENDED_MS = 300000
-local RUN_AFTER_END_MS = 86400000
-local RUN_ACTIVE_MS = 604800000
 
 local clock = redis.call('TIME')
 local NOW = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
@@ -88,10 +85,10 @@ local function touch(channel)
   -- The channel goes before its log, never after: a log without its counters is dropped as a
   -- whole, counters without their log would promise events that are gone.
   redis.call('PEXPIRE', CHANNEL, MAX_AGE_MS)
-  redis.call('PEXPIRE', LOG, MAX_AGE_MS + LOG_MARGIN_MS)
-  redis.call('PEXPIRE', TEXTS, RUN_ACTIVE_MS)
-  redis.call('PEXPIRE', RUNS, RUN_ACTIVE_MS)
-  redis.call('PEXPIRE', THREADS, RUN_ACTIVE_MS)
+  redis.call('PEXPIRE', LOG, MAX_AGE_MS + CHANNEL_TTL_MARGIN_MS)
+  redis.call('PEXPIRE', TEXTS, RUN_TTL_ACTIVE_MS)
+  redis.call('PEXPIRE', RUNS, RUN_TTL_ACTIVE_MS)
+  redis.call('PEXPIRE', THREADS, RUN_TTL_ACTIVE_MS)
 end
 
 local function open_channel()

@@ -25,8 +25,8 @@ local function append_text(progress, run_id, offset, message_id, text, bytes_bef
   end
   redis.call('ZADD', TEXTS, int(offset), name)
   if length == #text then
-    redis.call('PEXPIRE', key, RUN_ACTIVE_MS)
-    redis.call('PEXPIRE', TEXTS, RUN_ACTIVE_MS)
+    redis.call('PEXPIRE', key, RUN_TTL_ACTIVE_MS)
+    redis.call('PEXPIRE', TEXTS, RUN_TTL_ACTIVE_MS)
     progress.texts = progress.texts .. ' ' .. name
   end
 end
@@ -154,15 +154,15 @@ end
 local function end_run(run_id, progress)
   local fields = {'ended_ms', int(NOW), 'result_offset', int(progress.ended_at),
     'open_tools', '{}', 'open_inputs', '{}'}
-  if #progress.ended_with <= BODY_THRESHOLD then
+  if #progress.ended_with <= BODY_THRESHOLD_BYTES then
     fields[#fields + 1] = 'terminal'
     fields[#fields + 1] = progress.ended_with
   end
   redis.call('HSET', RUN, unpack(fields))
-  redis.call('PEXPIRE', RUN, RUN_AFTER_END_MS)
-  local text_ttl = MAX_AGE_MS + LOG_MARGIN_MS
+  redis.call('PEXPIRE', RUN, RUN_TTL_AFTER_END_MS)
+  local text_ttl = MAX_AGE_MS + CHANNEL_TTL_MARGIN_MS
   if progress.status == 'completed' then
-    text_ttl = TEXT_AFTER_RUN_MS
+    text_ttl = TEXT_TTL_AFTER_RUN_MS
   end
   for name in string.gmatch(progress.texts, '%S+') do
     redis.call('PEXPIRE', BASE .. 'text:' .. name, text_ttl)

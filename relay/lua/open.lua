@@ -32,7 +32,7 @@ redis.call('HSET', RUN, 'run_id', run_id, 'agent', ARGV[7], 'thread', ARGV[8], '
   'request', ARGV[9], 'open_tools', '{}', 'open_inputs', '{}', 'max_attempts', '1',
   'stall_after_ms', ARGV[16], 'first_offset', int(offset), 'last_offset', int(offset),
   'created_ms', int(NOW), 'claimed_ms', int(NOW), 'updated_ms', int(NOW))
-redis.call('PEXPIRE', RUN, RUN_ACTIVE_MS)
+redis.call('PEXPIRE', RUN, RUN_TTL_ACTIVE_MS)
 redis.call('ZADD', RUNS, int(offset), run_id)
 redis.call('HSET', THREADS, lane, run_id)
 channel.needs_touch = true

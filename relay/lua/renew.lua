@@ -17,7 +17,7 @@ if run[2] ~= ARGV[7] or run[1] == 'retrying' then
   return {'stale'}
 end
 redis.call('HSET', RUN, 'lease_until_ms', int(NOW + tonumber(ARGV[8])))
-redis.call('PEXPIRE', RUN, RUN_ACTIVE_MS)
+redis.call('PEXPIRE', RUN, RUN_TTL_ACTIVE_MS)
 if channel.needs_touch then
   touch(channel)
 end

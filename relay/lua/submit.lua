@@ -59,7 +59,7 @@ if parent ~= '' then
   redis.call('HSET', BASE .. 'run:' .. parent, 'children',
     siblings and (siblings .. ' ' .. run_id) or run_id)
 end
-redis.call('PEXPIRE', RUN, RUN_ACTIVE_MS)
+redis.call('PEXPIRE', RUN, RUN_TTL_ACTIVE_MS)
 redis.call('ZADD', RUNS, int(offset), run_id)
 redis.call('HSET', THREADS, lane, ahead and (ahead .. ' ' .. run_id) or run_id)
 channel.needs_touch = true

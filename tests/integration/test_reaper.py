@@ -11,6 +11,7 @@ import orjson
 import pytest_asyncio
 
 from relay.codec import Task
+from relay.deadlines import member_of, shard_key
 from relay.events import EventType, format_timestamp
 from relay.grammar import RunGrammar
 from relay.inputs import InputAnswer
@@ -201,6 +202,22 @@ async def test_silence_is_told_once_until_there_is_progress_again(parts: Parts) 
         await stream.finish(EventType.AGENT_COMPLETED, {"result": "ok", "duration_ms": 1})
     stalls = [data for name, data in await parts.events() if name == "agent_stalled"]
     assert [stall["last_event"] for stall in stalls] == ["agent_started", "agent_stalled"]
+
+
+async def test_silence_is_looked_for_from_the_claim_on_however_long_the_lease(
+    parts: Parts,
+) -> None:
+    run_id = await parts.submit()
+    index = shard_key(parts.keys, USER)
+    await parts.link.client.zadd(index, {member_of(USER, run_id): 2**50})
+    await parts.claim(run_id, 60_000, stall_after_ms=2_000)
+    claimed_ms = await parts.link.client.hget(parts.keys.user(USER).run(run_id), "claimed_ms")
+    look_ms = await parts.link.client.zscore(index, member_of(USER, run_id))
+    assert look_ms - int(claimed_ms) <= 2_000
+    opened = SubmitRequest(USER, "t2", "a", "hello", secrets.token_hex(4))
+    claim = await parts.registry.open_run(opened, "w", 60_000, fence="f", stall_after_ms=2_000)
+    look_ms = await parts.link.client.zscore(index, member_of(USER, claim.run_id))
+    assert look_ms - claim.created_ms <= 2_000
 
 
 async def test_an_input_request_expires_and_an_answer_after_that_is_refused(parts: Parts) -> None:

@@ -15,7 +15,6 @@ import redis.asyncio
 from relay.codec import Position, decode_live
 from relay.errors import RedisMisconfigured, RedisUnavailable, RelayError
 from relay.events import EventType
-from relay.keys import Keys
 from relay.recovery import TextMark, surviving_offset
 from relay.scripts import mapped_errors
 from tests.conftest import OwnRedis
@@ -333,8 +332,6 @@ async def test_odd_user_ids_stay_apart(redis_url: str, key_prefix: str) -> None:
     for channel in [Channel(redis_url, key_prefix, user_id=user_id) for user_id in ODD_IDS]:
         async with channel:
             assert offsets(await channel.read()) == [1, 2, 3]
-    keys = Keys(key_prefix)
-    assert [keys.user_of_live(keys.user(user_id).live) for user_id in ODD_IDS] == ODD_IDS
 
 
 # --- The oldest Redis that is supported ---

@@ -27,14 +27,6 @@ def test_nothing_that_could_name_another_key_survives(user_id: str) -> None:
     assert not set(encoded) & set("{}:*?[] \r\n\0/\\")
 
 
-@given(USER_IDS)
-def test_a_live_channel_names_its_user(user_id: str) -> None:
-    keys = Keys("prefix:of:mine")
-    assert keys.user_of_live(keys.user(user_id).live) == user_id
-    assert keys.user_of_live(keys.user(user_id).log) is None
-    assert keys.user_of_live(keys.node("n")) is None
-
-
 @given(USER_IDS, st.text("abcdef0123456789_", min_size=1))
 def test_all_keys_of_a_user_share_one_hash_tag(user_id: str, run_id: str) -> None:
     user = Keys("p").user(user_id)

@@ -108,6 +108,20 @@ def test_silence_is_reported_once() -> None:
     assert decided(AT_WORK, **quiet, stall_after_ms=0) == LookAgain(NOW_MS + 10_000)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stalled_ms": NOW_MS - 60_000, "updated_ms": NOW_MS - 60_000},
+        {"started_ms": 0},
+        {"status": "waiting"},
+    ],
+    ids=["told before", "not begun", "waits for its user"],
+)
+def test_silence_that_begins_later_is_found_on_time(changes: dict[str, object]) -> None:
+    look = decided(AT_WORK, **changes, lease_until_ms=NOW_MS + 900_000)
+    assert look == LookAgain(NOW_MS + AT_WORK.stall_after_ms)
+
+
 def test_a_run_that_waits_for_its_user_does_not_stall() -> None:
     waiting = decided(
         AT_WORK,
