@@ -48,6 +48,12 @@ export function formatValue(value, limit = 4_000) {
   return `${text.slice(0, limit)}\n… ${(text.length - limit).toLocaleString()} more characters`;
 }
 
+/** Whether a value has nothing to show: none, an empty text, an empty list or object. */
+export function isEmptyValue(value) {
+  if (value === null || value === undefined || value === "") return true;
+  return typeof value === "object" && Object.keys(value).length === 0;
+}
+
 /** A value in one short line. */
 export function formatBrief(value, limit = 80) {
   if (value === null || value === undefined) return "";

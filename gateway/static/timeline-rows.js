@@ -18,6 +18,7 @@ import {
   formatMoment,
   formatName,
   formatValue,
+  isEmptyValue,
 } from "./format.js";
 import { interleave, isActive, isOutdated } from "./nesting.js";
 import { textOf } from "./relay-client.js";
@@ -272,8 +273,7 @@ class Row {
         "data-seq": seq,
       });
       if (note) line.append(element("p", { class: "item-text" }, note));
-      if (value !== undefined && value !== null)
-        line.append(fold(status === "error" ? "Error" : "Result", value));
+      if (!isEmptyValue(value)) line.append(fold(status === "error" ? "Error" : "Result", value));
       return line;
     });
   }

@@ -79,6 +79,9 @@ def main() -> None:
             raise
         if isinstance(error, RelayError):
             console.print_error(str(error))
+            console.print_advice(
+                getattr(error, "recovery_suggestions", ()), getattr(error, "retry_after_ms", None)
+            )
         else:
             console.print_error(
                 f"Unexpected {type(error).__name__}: {error}. relay --debug … shows where it "

@@ -6,7 +6,8 @@ import asyncio
 import signal
 import sys
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Annotated
 
 import orjson
@@ -28,12 +29,15 @@ from relay.client import (
     SequenceHole,
     Update,
 )
+from relay.client.link import OPEN_TIMEOUT_S
 from relay.config import load_settings
 from relay.errors import ConfigurationError, RelayError
 
 COMPLETED, AGENT_ERROR, INTERRUPTED = 0, 2, 130
 TOKEN_TTL_S = 3_600
 CANCEL_TIMEOUT_S = 20.0
+CONNECT_PATIENCE_S = 1.0
+"""A terminal that says nothing for longer than this looks broken."""
 
 User = Annotated[
     str | None,
@@ -141,6 +145,24 @@ def answer_options(url: str | None, user: str | None) -> list[str]:
     return speaker if url is None else [*speaker, "--url", url]
 
 
+@asynccontextmanager
+async def connected(client: RelayClient) -> AsyncIterator[RelayClient]:
+    """Enter a client; where that takes its time, say what stands in the way."""
+    explaining = asyncio.create_task(_explain_delay(client))
+    try:
+        async with client:
+            explaining.cancel()
+            yield client
+    finally:
+        explaining.cancel()
+
+
+async def _explain_delay(client: RelayClient) -> None:
+    await asyncio.sleep(CONNECT_PATIENCE_S)
+    why = client.last_failure or "no answer yet"
+    console.print_warning(f"Not connected ({why}); trying for {OPEN_TIMEOUT_S:.0f} s")
+
+
 async def interruptible(
     work: Callable[[], Awaitable[int]], on_interrupt: Callable[[], bool] | None
 ) -> int:
@@ -186,7 +208,7 @@ class _Sending:
         """Ask, follow, give the exit code."""
         with view_for(console.out) as view:
             view.wait_on("Connecting")
-            async with self._client as client:
+            async with connected(self._client) as client:
                 asker = Asker(client, view, terminal_lines(), self._options)
                 try:
                     accepted = await client.send_message(
@@ -268,7 +290,7 @@ class Troubles:
 
 async def _tail(client: RelayClient, *, as_json: bool) -> int:
     troubles = Troubles()
-    async with client:
+    async with connected(client):
         async for update in client.updates():
             if isinstance(update, Event):
                 _print_event(update, as_json=as_json)

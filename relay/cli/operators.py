@@ -326,8 +326,7 @@ async def _drop(redis_url: str | None, ids: list[str] | None) -> bool:
 
 def _print_refusal(letter_id: str, refused: RequestRefused) -> None:
     console.print_error(printable(f"{letter_id}: {refused.detail}"))
-    for suggestion in refused.recovery_suggestions:
-        console.err.print(Text(f"→ {suggestion}", style="name"), soft_wrap=True)
+    console.print_advice(refused.recovery_suggestions, refused.retry_after_ms)
 
 
 def _letter_cells(letter: DeadLetter) -> tuple[Text, ...]:

@@ -14,7 +14,7 @@ from rich.text import Text
 from relay.cli import console
 from relay.cli.answers import Answer, Question, choose_question, open_questions
 from relay.cli.asking import send_answer
-from relay.cli.follow import Token, Url, User, answer_options, client_for
+from relay.cli.follow import Token, Url, User, answer_options, client_for, connected
 from relay.cli.story import printable
 from relay.client import RelayClient
 from relay.errors import ConfigurationError
@@ -107,19 +107,19 @@ def answer(
 
 
 async def _list(client: RelayClient) -> Sequence[Mapping[str, Any]]:
-    async with client:
+    async with connected(client):
         return client.connection.runs if client.connection else ()
 
 
 async def _cancel(client: RelayClient, run_id: str, reason: str | None) -> str:
-    async with client:
+    async with connected(client):
         return await client.cancel(run_id, reason)
 
 
 async def _answer(
     client: RelayClient, run_id: str | None, request_id: str | None, value: str | None
 ) -> tuple[Question, Answer]:
-    async with client:
+    async with connected(client):
         known = client.connection.runs if client.connection else ()
         question = choose_question(open_questions(known), run_id, request_id)
         try:

@@ -37,14 +37,22 @@ class RequestFailed(RelayError):
         code: Error code of the wire; ``no_answer`` where none came.
         retryable: Whether the same request may succeed later.
         recovery_suggestions: What can be done, most useful first.
+        retry_after_ms: When to try again at the earliest; None where nobody said.
     """
 
     def __init__(
-        self, code: str, message: str, *, retryable: bool, recovery_suggestions: Sequence[str] = ()
+        self,
+        code: str,
+        message: str,
+        *,
+        retryable: bool,
+        recovery_suggestions: Sequence[str] = (),
+        retry_after_ms: int | None = None,
     ) -> None:
         self.code = code
         self.retryable = retryable
         self.recovery_suggestions = tuple(recovery_suggestions)
+        self.retry_after_ms = retry_after_ms
         super().__init__(message)
 
 
@@ -165,6 +173,11 @@ class RelayClient:
         """Whether a connection is established right now."""
         return self._link.established.is_set()
 
+    @property
+    def last_failure(self) -> str:
+        """Why the latest connection broke or could not be made, for people; empty if none did."""
+        return self._link.last_failure
+
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Give the user's events, in order, each once.
 
@@ -275,6 +288,7 @@ class RelayClient:
                 answer.get("message", answer["code"]),
                 retryable=bool(answer.get("retryable")),
                 recovery_suggestions=answer.get("recovery_suggestions", ()),
+                retry_after_ms=answer.get("retry_after_ms"),
             )
         return answer
 

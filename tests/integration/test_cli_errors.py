@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import OwnRedis
+from tests.support.redis_server import free_port
 from tests.support.stack_process import run_relay
 
 SECRET = "s" * 32
@@ -40,6 +41,18 @@ def test_mistake_is_one_sentence(
     assert done.stderr.startswith("Error: ")
     assert done.stderr.count("\n") == 1
     assert SECRET not in done.stderr
+
+
+def test_gateway_that_does_not_answer_is_told_at_once_and_at_last(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    done = run_relay(
+        "send", "hi", "--user", "a", "--url", url, folder=tmp_path, RELAY_JWT_SECRET=SECRET
+    )
+    assert done.returncode == 1
+    first, last = done.stderr.splitlines()
+    assert first.startswith("Warning: Not connected (")
+    assert "Connect call failed" in first
+    assert last.startswith(f"Error: No gateway could be reached at {url}")
 
 
 def test_traceback_is_there_for_those_who_ask(tmp_path: Path) -> None:

@@ -85,10 +85,12 @@ def test_failed_agent_is_exit_code_2_with_guidance(up: RelayUp) -> None:
     assert "Ask nicely." in done.stderr
 
 
-def test_unknown_agent_is_one_sentence(up: RelayUp) -> None:
+def test_unknown_agent_is_one_sentence_and_what_to_do(up: RelayUp) -> None:
     done = run_relay("send", "x", "--user", "ann", "--agent", "nobody", folder=up.folder)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("Error: ")
+    error, advice = done.stderr.splitlines()[-2:]
+    assert error.startswith("Error: ")
+    assert advice.startswith("→ Start a worker that serves it")
     assert "Traceback" not in done.stderr
 
 

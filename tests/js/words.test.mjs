@@ -19,6 +19,7 @@ import {
   formatMoment,
   formatName,
   formatValue,
+  isEmptyValue,
 } from "../../gateway/static/format.js";
 import { RunStore } from "../../gateway/static/relay-client.js";
 import { History } from "./support/history.mjs";
@@ -126,4 +127,9 @@ test("completeness is claimed only where it was proved", () => {
   assert.deepEqual(of(events), { isWhole: true, text: "Events 1–9, none missing" });
   assert.equal(of(events.filter(({ seq }) => seq !== 4)).isWhole, false);
   assert.equal(of(events.slice(4)).isWhole, false);
+});
+
+test("a value is empty where there is nothing to show", () => {
+  for (const empty of [null, undefined, "", [], {}]) assert.equal(isEmptyValue(empty), true);
+  for (const full of [0, false, " ", [null], { a: null }]) assert.equal(isEmptyValue(full), false);
 });
