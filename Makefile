@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: help run setup check test faults bench soak clean
+.PHONY: help run setup check test faults bench bench-accept soak clean
 
 # More arguments for the command behind run, test, faults, bench and soak.
 ARGS ?=
@@ -34,7 +34,7 @@ help:
 	@echo 'make check    lint, format, types, import contracts'
 	@echo 'make test     all tests but the full fault rounds (ARGS="-k name" to choose)'
 	@echo 'make faults   the full fault rounds'
-	@echo 'make bench    throughput, latency and memory'
+	@echo 'make bench    throughput, latency and memory (under 10 minutes); bench-accept accepts its ratios'
 	@echo 'make soak     an hour of load'
 	@echo 'make clean    remove .venv and everything generated'
 
@@ -59,6 +59,9 @@ faults: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-accept: setup
+	$(BIN)/python -m benchmarks.guard --accept $(ARGS)
 
 soak: setup
 	$(BIN)/python -m benchmarks.soak $(ARGS)

@@ -61,12 +61,17 @@ def format_spread(values: Sequence[float], digits: int = 1) -> str:
 
 @dataclass(frozen=True)
 class Check:
-    """A bound that a measurement is held to."""
+    """A bound that a measurement is held to.
+
+    Attributes:
+        stretch: What would be better still; missing it is told, and no fault.
+    """
 
     name: str
     value: float
     bound: float
     unit: str
+    stretch: float | None = None
 
     @property
     def is_met(self) -> bool:
@@ -74,7 +79,11 @@ class Check:
 
     def line(self) -> str:
         verdict = "met" if self.is_met else "NOT MET"
-        return f"{verdict}: {self.name}: {self.value:.2f} {self.unit}, at most {self.bound:g}"
+        text = f"{verdict}: {self.name}: {self.value:.2f} {self.unit}, at most {self.bound:g}"
+        if self.stretch is None:
+            return text
+        reached = "met" if self.value <= self.stretch else "not met"
+        return f"{text} (stretch goal {self.stretch:g}: {reached})"
 
 
 @dataclass
@@ -112,6 +121,8 @@ class Section:
     Attributes:
         name: As ``--only`` takes it.
         figures: The numbers that other programs may want, by name.
+        rounds: The ratios that the guard holds against the accepted ones, by name, one for each
+            round. Less is better.
     """
 
     name: str
@@ -121,6 +132,7 @@ class Section:
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
+    rounds: dict[str, Sequence[float]] = field(default_factory=dict)
 
     def markdown(self) -> str:
         paragraphs = self.method.split("\n\n")

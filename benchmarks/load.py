@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,9 @@ from relay.tokens import mint_token
 FIRST_OFFSET = 1_000_000
 FIRST_SEQ = 100_000
 """So that offsets have the same number of digits through a whole benchmark."""
+
+HANDSHAKES_AT_ONCE = 64
+WRITE_TIMEOUT_S = 30.0
 
 _MARK = "@"
 
@@ -72,6 +75,7 @@ class LoadClient:
             raise BenchmarkFailed("there is no C compiler")
         self.kind = "python" if program is None else "c"
         self._folder = folder
+        self._feeds = 0
         stamp = time.monotonic_ns()
         self._files = folder / f"load-{stamp}"
         connections = self._files.with_suffix(".connections")
@@ -79,7 +83,7 @@ class LoadClient:
         command = [sys.executable, "-m", "benchmarks.load_client"] if program is None else [program]
         self.process = Process("load generator", [*map(str, command), str(connections)], pipes=True)
 
-    def connect(self, *, is_relay: bool, concurrency: int = 64) -> float:
+    def connect(self, *, is_relay: bool, concurrency: int = HANDSHAKES_AT_ONCE) -> float:
         """Open all connections; give how long that took in seconds.
 
         A connection to the relay counts as open when it has its ``connection_established``.
@@ -90,6 +94,7 @@ class LoadClient:
         """Give it Redis and the users' events to publish, one line a user."""
         path = self._files.with_suffix(".feeds")
         path.write_text("".join(feeds))
+        self._feeds = len(feeds)
         self.process.ask(f"redis {server.port} {path}")
 
     def flow(
@@ -108,12 +113,38 @@ class LoadClient:
         """Begin a new count: marks start at 0 for each user."""
         self.process.ask("reset")
 
+    def write(self, server: RedisProcess, count: int, burst: int = 10) -> None:
+        """Write so many events for each user, which nobody is connected to receive."""
+        self.process.ask(f"write {count} {burst}")
+        keys = Keys()
+        name = keys.user(user_name(self._feeds - 1)).channel
+        deadline_s = time.monotonic() + WRITE_TIMEOUT_S
+        while int(server.client.hget(name, "offset") or 0) < FIRST_OFFSET + count:
+            if time.monotonic() > deadline_s:
+                raise BenchmarkFailed("Redis did not take all events")
+            time.sleep(0.005)
+
+    def begin_trickle(self, rate: float) -> None:
+        """Publish singly at a rate, until ``end``."""
+        self.process.tell(f"trickle {rate}")
+
+    def begin_probe(self, interval_ms: float) -> None:
+        """Ping on the first connection, until ``end``; latency is that of the answers."""
+        self.process.tell(f"probe {interval_ms}")
+
+    def end(self) -> Count:
+        """End what was begun; give what came of it."""
+        self.process.tell("end")
+        return self._counted("what was begun", self.process.answer())
+
     def collect(self, expected: int, timeout_s: float) -> Count:
         """Wait until so many events of another publisher have arrived since ``reset``."""
         return self._count(f"collect {expected} {timeout_s * 1000:.0f}")
 
     def _count(self, command: str) -> Count:
-        answer = self.process.ask(command)
+        return self._counted(command, self.process.ask(command))
+
+    def _counted(self, command: str, answer: Mapping[str, float]) -> Count:
         faults = {
             name: answer[name]
             for name in ("missing", "repeated", "foreign", "resets", "closed")
@@ -152,8 +183,23 @@ def token_for(user: int) -> str:
     return mint_token(SECRET, user_name(user), 86_400, now_s=time.time())
 
 
+def epoch_of(user: int) -> str:
+    return f"{user:012x}"
+
+
+def first_position(user: int) -> str:
+    """Give the position of a client that has seen nothing of what the benchmark writes."""
+    return f"{epoch_of(user)}:{FIRST_OFFSET}"
+
+
 def relay_target(user: int, port: int, since: str = "now") -> Target:
-    """Describe a connection of a user to a gateway, with a token as browsers send it."""
+    """Describe a connection of a user to a gateway, with a token as browsers send it.
+
+    Args:
+        user: Who connects.
+        port: The gateway's.
+        since: A position, or ``now``.
+    """
     offer = f"relay.v1, bearer.{token_for(user)}"
     return Target(user, port, f"/v1/ws?since={since}", offer)
 
@@ -163,12 +209,12 @@ def plain_target(user: int, port: int, label: str) -> Target:
     return Target(user, port, f"/ws/{label}-{user_name(user)}")
 
 
-def _event_parts(user: int) -> tuple[str, str, str]:
+def _event_parts(user: int, padding: int = 0) -> tuple[str, str, str]:
     """Give the run, and an event's bytes before and behind its mark."""
     run_id = f"run_{user:024d}"
     envelope = RunEnvelope(run_id, 1, "t", user_name(user), "a")
     event = envelope.encode(
-        EventType.CUSTOM, 1_790_000_000_123, {"name": "m", "value": _MARK}
+        EventType.CUSTOM, 1_790_000_000_123, {"name": "m", "value": _MARK + "." * padding}
     ).decode()
     before, after = event.split(_MARK)
     return run_id, before, after
@@ -187,7 +233,7 @@ def open_channels(server: RedisProcess, users: int) -> None:
         pipeline.hset(
             keys.user(user_name(user)).channel,
             mapping={
-                "epoch": f"{user:012x}",
+                "epoch": epoch_of(user),
                 "offset": str(FIRST_OFFSET),
                 "floor": "0",
                 "tail": "0",
@@ -200,12 +246,13 @@ def open_channels(server: RedisProcess, users: int) -> None:
     pipeline.execute()
 
 
-def relay_feeds(server: RedisProcess, users: int) -> list[str]:
+def relay_feeds(server: RedisProcess, users: int, padding: int = 0) -> list[str]:
     """Give the lines with which the generator writes events as ``publish.lua`` does.
 
     It moves the channel's offset, appends to the log and publishes the live message; the run with
     its fence and the bounds of the log are left out, so that Redis is not what saturates. To a
-    gateway there is no difference, also when it has to read what it has missed.
+    gateway there is no difference, also when it has to read what it has missed. ``padding`` makes
+    each event longer by so many bytes.
     """
     keys = Keys()
     pipeline = server.client.pipeline(transaction=False)
@@ -214,7 +261,7 @@ def relay_feeds(server: RedisProcess, users: int) -> list[str]:
     lines = []
     for user, (epoch, offset) in enumerate(pipeline.execute()):
         names = keys.user(user_name(user))
-        run_id, before, after = _event_parts(user)
+        run_id, before, after = _event_parts(user, padding)
         written = [names.channel, names.log, epoch.decode(), offset.decode(), str(FIRST_SEQ)]
         lines.append("\t".join(["relay", names.live, *written, run_id, before, after]) + "\n")
     return lines
@@ -230,7 +277,7 @@ def plain_feeds(users: int, label: str) -> list[str]:
         run_id, before, after = _event_parts(user)
         frame = f'{{"offset":{FIRST_OFFSET},"seq":{FIRST_SEQ},{before[1:]}'
         name = f"{label}-{user_name(user)}"
-        numbers = [f"{user:012x}", str(FIRST_OFFSET), str(FIRST_SEQ)]
+        numbers = [epoch_of(user), str(FIRST_OFFSET), str(FIRST_SEQ)]
         written = [f"{name}:channel", f"{name}:log", *numbers, run_id]
         lines.append("\t".join(["plain", name, *written, frame, after]) + "\n")
     return lines

@@ -7,15 +7,16 @@ costs several times as much for each event, so that it is more often what limits
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import msgpack
 import uvloop
@@ -86,6 +87,8 @@ class Client(asyncio.Protocol):
         assert self._transport is not None
         if opcode == PING:
             self._transport.write(client_frame(PONG, payload))
+        elif opcode == PONG:
+            self._generator.receive_pong(payload, at_ns)
         elif opcode == CLOSE:
             self._transport.close()
         elif mark := _MARK.search(payload):
@@ -108,6 +111,10 @@ class Client(asyncio.Protocol):
             tally.missing += number - self.next
             self.next = number + 1
         tally.samples_us.append(max(0, at_ns - sent_ns) // 1000)
+
+    def ping(self, due_ns: int) -> None:
+        assert self._transport is not None
+        self._transport.write(client_frame(PING, due_ns.to_bytes(8)))
 
     def connection_lost(self, _: Exception | None) -> None:
         if self._state == "open":
@@ -210,6 +217,12 @@ class Generator:
     def changed(self) -> None:
         self._changed.set()
 
+    def receive_pong(self, payload: bytes, at_ns: int) -> None:
+        tally = self.tally
+        tally.received += 1
+        tally.last_ns = at_ns
+        tally.samples_us.append(max(0, at_ns - int.from_bytes(payload)) // 1000)
+
     async def _turn(self, timeout_s: float) -> None:
         self._changed.clear()
         try:
@@ -300,17 +313,47 @@ class Generator:
         self, duration_ms: int, rate: float, burst: int, is_batched: int
     ) -> dict[str, float]:
         self.reset()
-        end_ns = self.tally.first_ns + duration_ms * 1_000_000
+        await self._pace(duration_ms * 1e6, rate, burst, bool(is_batched))
+        return await self._finish()
+
+    async def _pace(self, duration_ns: float, rate: float, burst: int, is_batched: bool) -> None:
+        end_ns = self.tally.first_ns + duration_ns
         due_ns, interval_ns = float(self.tally.first_ns), 1e9 * burst / rate
         while due_ns < end_ns:
             at_ns = time.monotonic_ns()
             commands = []
             while due_ns <= at_ns and due_ns < end_ns:
-                commands.append(self._publish(burst, bool(is_batched), int(due_ns)))
+                commands.append(self._publish(burst, is_batched, int(due_ns)))
                 due_ns += interval_ns
             self._send(commands)
             await asyncio.sleep(max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+
+    async def trickle(self, rate: float, told: Awaitable[object]) -> dict[str, float]:
+        self.reset()
+        await _until(told, self._pace(float("inf"), rate, 1, is_batched=False))
         return await self._finish()
+
+    async def probe(self, interval_ms: float, told: Awaitable[object]) -> dict[str, float]:
+        self.reset()
+        await _until(told, self._ping_for_ever(interval_ms * 1e6))
+        return await self._finish()
+
+    async def _ping_for_ever(self, interval_ns: float) -> None:
+        due_ns = float(self.tally.first_ns)
+        while True:
+            while due_ns <= time.monotonic_ns():
+                self.clients[0].ping(int(due_ns))
+                self.tally.published += 1
+                self.tally.expected += 1
+                due_ns += interval_ns
+            await asyncio.sleep(max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+
+    async def write(self, count: int, burst: int) -> dict[str, float]:
+        for _ in range(count // burst):
+            at_ns = time.monotonic_ns()
+            self._send([self._publish(burst, True, at_ns) for _ in self._feeds])
+            await asyncio.sleep(0)
+        return {"written": count * len(self._feeds)}
 
     async def collect(self, expected: int, timeout_ms: int) -> dict[str, float]:
         self.tally.expected = expected
@@ -356,6 +399,16 @@ class Generator:
         }
 
 
+async def _until(told: Awaitable[object], work: Coroutine[Any, Any, None]) -> None:
+    """Work until the next line comes."""
+    task = asyncio.create_task(work)
+    await asyncio.sleep(0)  # What is due at once is done, also where the line is here already.
+    await told
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
 async def _main(path: str) -> None:
     generator = Generator(path)
     reader = asyncio.StreamReader()
@@ -374,6 +427,12 @@ async def _main(path: str) -> None:
                 answer = await generator.pace(
                     int(duration_ms), float(rate), int(burst), int(batched)
                 )
+            case ["trickle", rate]:
+                answer = await generator.trickle(float(rate), reader.readline())
+            case ["probe", interval_ms]:
+                answer = await generator.probe(float(interval_ms), reader.readline())
+            case ["write", count, burst]:
+                answer = await generator.write(int(count), int(burst))
             case ["collect", expected, timeout_ms]:
                 answer = await generator.collect(int(expected), int(timeout_ms))
             case ["reset"]:

@@ -96,6 +96,11 @@ class Stage:
         command = [sys.executable, "-m", "benchmarks.reference_starlette", str(server.port)]
         return self._start("gateway", lambda: PortServer("Starlette reference", command))
 
+    def bare_handshake(self) -> PortServer:
+        """Start the relay's server without the relay: see ``bare_handshake``."""
+        command = [sys.executable, "-m", "benchmarks.bare_handshake"]
+        return self._start("gateway", lambda: PortServer("bare handshakes", command))
+
     def floor(self, server: RedisProcess, mode: str) -> PortServer | None:
         """Start the C floor; None where there is no compiler."""
         program = compile_program("floor")
@@ -113,6 +118,11 @@ class Stage:
         return self._start(
             "rest", lambda: start_worker(server.url, reference, app_dir, concurrency)
         )
+
+    def large_results(self, server: RedisProcess, user: int) -> Process:
+        """Start a process that publishes a large result at each ``go``."""
+        command = [sys.executable, "-m", "benchmarks.large_results", server.url, str(user)]
+        return self._start("rest", lambda: Process("large results", command, pipes=True))
 
     def publisher(self, server: RedisProcess, *arguments: Any) -> Process:
         """Start the publishing process; it answers ``go`` with what it has measured."""

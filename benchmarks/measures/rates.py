@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 from benchmarks.canary import Canary
-from benchmarks.figures import DISTRIBUTION_COLUMNS, Section, Table, over_rounds
+from benchmarks.figures import DISTRIBUTION_COLUMNS, Check, Section, Table, over_rounds
 from benchmarks.load import (
     Count,
     LoadClient,
@@ -20,6 +20,9 @@ from benchmarks.stage import Plan, Stage
 
 NAME = "rates"
 USERS = 500
+P99_RATE, P99_LIMIT = 5_000, 2.0
+P999_RATE = 20_000
+RELAY, USUAL, FLOOR = "relay", "usual way", "C floor"
 
 _METHOD = """\
 {users} users with one connection each on one gateway process. The load generator publishes single
@@ -29,8 +32,8 @@ Candidates take turns; medians of {rounds} rounds of {seconds:g} s."""
 
 
 def measure(plan: Plan) -> Section:
-    users, rounds = plan.size(USERS, 100), plan.size(3, 1)
-    rates, seconds = plan.size((1_000, 5_000, 20_000), (500, 2_000)), plan.size(3.0, 1.0)
+    users, rounds = plan.size(USERS, 100), plan.size(5, 1)
+    rates, seconds = plan.size((1_000, P99_RATE, P999_RATE), (500, 2_000)), plan.size(2.0, 1.0)
     counts: dict[tuple[int, str], list[Count]] = {}
     cpu_us: dict[tuple[int, str], list[float]] = {}
     section = Section(
@@ -62,8 +65,29 @@ def measure(plan: Plan) -> Section:
         table.rows.append([f"{rate:,}", name, *latency.cells(), delivered, cost])
         section.figures[f"rates.{rate}.{name}.p99_ms"] = latency.p99_ms
     section.tables = [table]
+    _compare(section, counts)
     section.notes.append(canary.note())
     return section
+
+
+def _compare(section: Section, counts: dict[tuple[int, str], list[Count]]) -> None:
+    """Hold the relay's tail against the floor's in the same rounds."""
+    for rate in (P99_RATE, P999_RATE):
+        ours = [count.latency for count in counts.get((rate, RELAY), [])]
+        floors = [count.latency for count in counts.get((rate, FLOOR), [])]
+        if not ours or len(ours) != len(floors):
+            continue
+        pairs = list(zip(ours, floors, strict=True))
+        if rate == P99_RATE:
+            ratios = [mine.p99_ms / floor.p99_ms for mine, floor in pairs]
+            title = f"p99 at {rate:,} events/s, relative to the C floor"
+            section.checks.append(Check(title, median(ratios), P99_LIMIT, "x"))
+        else:
+            ratios = [mine.p999_ms / floor.p999_ms for mine, floor in pairs]
+            section.notes.append(
+                f"p99.9 at {rate:,} events/s is {median(ratios):.2f} x that of the C floor "
+                f"({min(ratios):.2f} to {max(ratios):.2f} by round)."
+            )
 
 
 def _start(stage: Stage, users: int) -> dict[str, tuple[Process, LoadClient]]:
@@ -73,10 +97,10 @@ def _start(stage: Stage, users: int) -> dict[str, tuple[Process, LoadClient]]:
     load = stage.load([relay_target(user, gateway.port) for user in range(users)])
     load.connect(is_relay=True)
     load.use_redis(server, relay_feeds(server, users))
-    started = {"relay": (gateway.process, load)}
+    started = {RELAY: (gateway.process, load)}
     for name, reference in (
-        ("usual way", stage.starlette(server)),
-        ("C floor", stage.floor(server, "each")),
+        (USUAL, stage.starlette(server)),
+        (FLOOR, stage.floor(server, "each")),
     ):
         if reference is None:
             continue

@@ -7,6 +7,7 @@ from statistics import median
 
 from benchmarks.figures import (
     DISTRIBUTION_COLUMNS,
+    Check,
     Section,
     Table,
     format_spread,
@@ -58,8 +59,19 @@ class _Candidate:
     counts: dict[str, list[Count]] = field(default_factory=dict)
 
 
-_MODES = {"one at a time": (1, False), f"bursts of {BURST}": (BURST, False)}
+_ONE, _BURSTS = "one at a time", f"bursts of {BURST}"
+_MODES = {_ONE: (1, False), _BURSTS: (BURST, False)}
 _BATCHES = {f"batches of {BURST}": (BURST, True)}
+
+_BOUNDS: dict[tuple[str, str], tuple[float, float | None]] = {
+    (USUAL, _ONE): (0.25, None),
+    (USUAL, _BURSTS): (0.25, None),
+    (FLOOR, _ONE): (1.2, 0.9),
+    (FLOOR, _BURSTS): (0.7, None),
+    (FLOOR_TICK, _ONE): (2.7, None),
+    (FLOOR_TICK, _BURSTS): (2.7, None),
+}
+"""At most so many times another's cost; and what would be better still."""
 
 
 def measure(plan: Plan) -> Section:
@@ -134,12 +146,17 @@ def _section(
         for mode in (*_MODES, *_BATCHES):
             base = f"bursts of {BURST}" if mode in _BATCHES else mode
             # By round: what else the machine does then weighs on both sides.
-            ratio = median(
+            by_round = [
                 mine / theirs
                 for mine, theirs in zip(relay.cpu_us[mode], other.cpu_us[base], strict=True)
-            )
-            section.figures[f"throughput.{mode}/{other.name}"] = ratio
+            ]
+            ratio = median(by_round)
+            section.rounds[f"throughput.{mode}/{other.name}"] = by_round
             cells.append(f"{ratio:.2f} x")
+            if (other.name, mode) in _BOUNDS:
+                bound, stretch = _BOUNDS[other.name, mode]
+                name = f"CPU per event relative to the {other.name}, {mode}"
+                section.checks.append(Check(name, ratio, bound, "x", stretch))
         ratios.rows.append([other.name, *cells])
     if ratios.rows:
         section.tables.append(ratios)

@@ -11,6 +11,9 @@
  *   reset                             begin a new count
  *   flow MS WINDOW BURST BATCHED      publish bursts, at most WINDOW of them unanswered
  *   pace MS RATE BURST BATCHED        publish RATE events a second, whatever comes back
+ *   trickle RATE                      publish singly at a rate, until the next line comes
+ *   probe INTERVAL_MS                 ping on the first connection, until the next line comes
+ *   write COUNT BURST                 write so many events for every feed; nobody is to get them
  *   collect EXPECTED TIMEOUT_MS       wait until so many events have arrived
  *   quit
  *
@@ -38,7 +41,7 @@ enum {
   MAX_EVENTS = 1024,
   QUIET_MS = 5000,
   MAX_BURST = 15, /* the longest array that msgpack's shortest form holds */
-  EVENT_BYTES = 4096
+  EVENT_BYTES = 1 << 16
 };
 
 typedef struct {
@@ -72,7 +75,7 @@ static size_t sample_count, sample_cap;
 static uint64_t published, expected, received, missing, repeated, foreign, resets, closed_count;
 static uint64_t first_ns, last_ns;
 static int opened, opening, next_to_open;
-static bool wants_established;
+static bool wants_established, is_told;
 static int redis_tag, timer_tag, stdin_tag;
 
 static uint64_t now_ns(void) {
@@ -133,6 +136,14 @@ static void is_open(Connection *c) {
   opening--;
 }
 
+static void add_sample(uint64_t sent_ns, uint64_t at_ns) {
+  if (sample_count == sample_cap) {
+    sample_cap = sample_cap ? sample_cap * 2 : 1 << 16;
+    samples = grow(samples, sample_cap * sizeof *samples);
+  }
+  samples[sample_count++] = at_ns > sent_ns ? (at_ns - sent_ns) / 1000 : 0;
+}
+
 static void receive_event(Connection *c, const char *mark, uint64_t at_ns) {
   char *end;
   unsigned long user = strtoul(mark + 6, &end, 10);
@@ -151,11 +162,7 @@ static void receive_event(Connection *c, const char *mark, uint64_t at_ns) {
     missing += number - c->next;
     c->next = number + 1;
   }
-  if (sample_count == sample_cap) {
-    sample_cap = sample_cap ? sample_cap * 2 : 1 << 16;
-    samples = grow(samples, sample_cap * sizeof *samples);
-  }
-  samples[sample_count++] = at_ns > sent_ns ? (at_ns - sent_ns) / 1000 : 0;
+  add_sample(sent_ns, at_ns);
 }
 
 static void send_pong(Connection *c, const uint8_t *payload, size_t length) {
@@ -164,9 +171,20 @@ static void send_pong(Connection *c, const uint8_t *payload, size_t length) {
   if (send(c->fd, frame, 6 + length, MSG_NOSIGNAL) < 0 && errno != EAGAIN) close_connection(c);
 }
 
+static void receive_pong(const uint8_t *payload, size_t length, uint64_t at_ns) {
+  uint64_t sent_ns;
+  if (length != sizeof sent_ns) fail("a pong that answers no ping of ours");
+  memcpy(&sent_ns, payload, length);
+  received++;
+  last_ns = at_ns;
+  add_sample(sent_ns, at_ns);
+}
+
 static void receive_frame(Connection *c, int opcode, const uint8_t *payload, size_t length,
                           uint64_t at_ns) {
-  if (opcode == 9) {
+  if (opcode == 10) {
+    receive_pong(payload, length, at_ns);
+  } else if (opcode == 9) {
     send_pong(c, payload, length);
   } else if (opcode == 8) {
     close_connection(c);
@@ -470,7 +488,9 @@ static void turn(int timeout_ms) {
     } else if (about == &timer_tag) {
       uint64_t expirations;
       if (read(timer_fd, &expirations, sizeof expirations) < 0 && errno != EAGAIN) fail("timer");
-    } else if (about != &stdin_tag) {
+    } else if (about == &stdin_tag) {
+      is_told = true;
+    } else {
       handle_connection(about);
     }
   }
@@ -546,21 +566,87 @@ static void flow(long duration_ms, long window, int burst, bool is_batched) {
   finish_count();
 }
 
-static void pace(long duration_ms, double rate, int burst, bool is_batched) {
-  begin_count();
-  uint64_t end_ns = first_ns + duration_ms * 1000000ull;
+/* Wakes turn() at a time; epoll's own timeout has milliseconds only. */
+static void turn_until(double due_ns) {
+  uint64_t at_ns = due_ns;
+  struct itimerspec at = {.it_value = {at_ns / 1000000000u, at_ns % 1000000000u}};
+  timerfd_settime(timer_fd, TFD_TIMER_ABSTIME, &at, NULL);
+  turn(50);
+}
+
+/* Latency counts from when an event was due: a generator that lags must not hide it. */
+static void pace_until(uint64_t end_ns, double rate, int burst, bool is_batched) {
   double interval_ns = 1e9 * burst / rate, due_ns = first_ns;
-  while (due_ns < end_ns) {
-    /* Latency counts from when an event was due: a generator that lags must not hide it. */
+  while (due_ns < end_ns && !is_told) {
     for (uint64_t at_ns = now_ns(); due_ns <= at_ns && due_ns < end_ns; due_ns += interval_ns)
       publish_burst(burst, is_batched, (uint64_t)due_ns);
     flush_redis();
-    uint64_t until_ns = due_ns;
-    struct itimerspec at = {.it_value = {until_ns / 1000000000u, until_ns % 1000000000u}};
-    timerfd_settime(timer_fd, TFD_TIMER_ABSTIME, &at, NULL);
-    turn(50);
+    turn_until(due_ns);
   }
+}
+
+static void pace(long duration_ms, double rate, int burst, bool is_batched) {
+  begin_count();
+  pace_until(first_ns + duration_ms * 1000000ull, rate, burst, is_batched);
   finish_count();
+}
+
+static bool read_command(char *line, size_t size) {
+  /* Unbuffered, so that epoll sees every command; they are few. */
+  size_t length = 0;
+  while (length + 1 < size) {
+    ssize_t count = read(0, line + length, 1);
+    if (count <= 0) return false;
+    if (line[length] == '\n') break;
+    length++;
+  }
+  line[length] = 0;
+  return true;
+}
+
+static void begin_until_told(void) {
+  begin_count();
+  is_told = false;
+  watch_stdin(true);
+}
+
+static void finish_told(void) {
+  char line[16];
+  watch_stdin(false);
+  is_told = false;
+  if (read_command(line, sizeof line)) finish_count();
+}
+
+static void trickle(double rate) {
+  begin_until_told();
+  pace_until(UINT64_MAX, rate, 1, false);
+  finish_told();
+}
+
+static void send_ping(Connection *c, uint64_t due_ns) {
+  uint8_t frame[2 + 4 + sizeof due_ns] = {0x89, 0x80 | sizeof due_ns};
+  memcpy(frame + 6, &due_ns, sizeof due_ns); /* the masking key is zero */
+  if (send(c->fd, frame, sizeof frame, MSG_NOSIGNAL) != sizeof frame) fail("a short write");
+  published++, expected++;
+}
+
+static void probe(double interval_ms) {
+  begin_until_told();
+  double due_ns = first_ns;
+  while (!is_told) {
+    for (uint64_t at_ns = now_ns(); due_ns <= at_ns; due_ns += interval_ms * 1e6)
+      send_ping(&connections[0], (uint64_t)due_ns);
+    turn_until(due_ns);
+  }
+  finish_told();
+}
+
+static void write_events(int count, int burst) {
+  for (int done = 0; done < count; done += burst) {
+    for (int i = 0; i < feed_count; i++) publish_burst(burst, true, now_ns());
+    for (flush_redis(); out_len; flush_redis()) turn(50);
+  }
+  printf("{\"written\":%d}\n", count * feed_count);
 }
 
 static void collect(uint64_t count, long timeout_ms) {
@@ -605,19 +691,6 @@ static void read_connections(const char *path) {
   }
   free(line);
   fclose(file);
-}
-
-static bool read_command(char *line, size_t size) {
-  /* Unbuffered, so that epoll sees every command; they are few. */
-  size_t length = 0;
-  while (length + 1 < size) {
-    ssize_t count = read(0, line + length, 1);
-    if (count <= 0) return false;
-    if (line[length] == '\n') break;
-    length++;
-  }
-  line[length] = 0;
-  return true;
 }
 
 static void idle_until_command(void) {
@@ -672,6 +745,14 @@ int main(int argc, char **argv) {
     } else if (sscanf(line, "pace %ld %lf %d %d", &a, &rate, &burst, &flag) == 4) {
       if (redis_fd < 0 || burst > MAX_BURST) fail("pace without redis, or too long a burst");
       pace(a, rate, burst, flag);
+    } else if (sscanf(line, "trickle %lf", &rate) == 1) {
+      if (redis_fd < 0) fail("trickle without redis");
+      trickle(rate);
+    } else if (sscanf(line, "probe %lf", &rate) == 1) {
+      probe(rate);
+    } else if (sscanf(line, "write %ld %d", &a, &burst) == 2) {
+      if (redis_fd < 0 || burst > MAX_BURST || a % burst) fail("write without redis, or unevenly");
+      write_events(a, burst);
     } else if (sscanf(line, "collect %lu %ld", &count, &a) == 2) {
       collect(count, a);
     } else if (!strcmp(line, "reset")) {

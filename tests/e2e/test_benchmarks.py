@@ -13,6 +13,7 @@ import pytest
 from benchmarks.flame import draw, own_shares
 from benchmarks.load import (
     LoadClient,
+    first_position,
     open_channels,
     plain_feeds,
     plain_target,
@@ -68,6 +69,19 @@ def test_quick_run_writes_results(tmp_path: Path) -> None:
     assert "met: p99 to `agent_queued`, one at a time" in text
 
 
+def test_the_heavy_measurements_run_to_their_end() -> None:
+    done = run_module("benchmarks", "--quick", "--only=storm", "--only=stalls", "--only=memory")
+    assert done.returncode == 0, done.stderr
+    for expected in (
+        "relay, 50 events missed",
+        "longest delay of another user's events meanwhile",
+        "prober's longest wait",
+        "| bare handshakes",
+        "idle connection, 300 of them",
+    ):
+        assert expected in done.stdout
+
+
 def test_soak_reports_memory_and_latency() -> None:
     done = run_module("benchmarks.soak", "--minutes", "0.1")
     assert "delivered, each once and in order" in done.stdout, done.stderr
@@ -95,6 +109,43 @@ def test_generator_counts_every_event_of_the_relay_once(stage: Stage, kind: str)
         load.stop()
     assert gateway.process.cpu_s() > 0
     assert gateway.process.rss_kib() > 1_000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clients_who_were_away_get_what_was_written(stage: Stage, kind: str) -> None:
+    server = stage.redis()
+    open_channels(server, USERS)
+    gateway = stage.gateway(server)
+    writer = LoadClient(stage.folder, [], kind)
+    targets = [relay_target(user, gateway.port, first_position(user)) for user in range(USERS)]
+    load = LoadClient(stage.folder, targets, kind)
+    try:
+        writer.use_redis(server, relay_feeds(server, USERS))
+        writer.write(server, 30)
+        load.reset()
+        load.connect(is_relay=True, concurrency=USERS)
+        assert load.collect(USERS * 30, timeout_s=20).received == USERS * 30
+    finally:
+        writer.stop()
+        load.stop()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_goes_on_until_it_is_ended(stage: Stage, kind: str) -> None:
+    server = stage.redis()
+    open_channels(server, 1)
+    gateway = stage.gateway(server)
+    load = LoadClient(stage.folder, [relay_target(0, gateway.port)], kind)
+    try:
+        load.connect(is_relay=True)
+        load.use_redis(server, relay_feeds(server, 1))
+        for begin in (load.begin_trickle, load.begin_probe):
+            begin(10.0)
+            assert gateway.metrics()["relay_loop_lag_max_seconds"] >= 0
+            count = load.end()
+            assert count.published == count.received == count.latency.samples >= 1
+    finally:
+        load.stop()
 
 
 @pytest.mark.parametrize("kind", KINDS)
