@@ -32,8 +32,8 @@ from agent_worker.metrics import WorkerMetrics
 from agent_worker.patience import until_redis_answers
 from agent_worker.signals import SignalListener
 from agent_worker.stops import CancelAsked, WorkerStops
-from relay.codec import redact
 from relay.config import Settings
+from relay.encoding import redact
 from relay.errors import PublishRefused, RelayError
 from relay.keys import Keys
 from relay.notices import Notice

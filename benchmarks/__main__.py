@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks import guard
 from benchmarks.figures import Section
 from benchmarks.measures import (
+    encoding,
     example_run,
     first_event,
     memory,
@@ -50,6 +51,7 @@ MEASURES: dict[str, Callable[[Plan], Section]] = {
         resume_storm,
         stalls,
         publish_cost,
+        encoding,
         worker_memory,
     )
 }

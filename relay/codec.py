@@ -6,28 +6,19 @@ are msgpack: they are read by our own processes only, and keep event bytes untou
 
 from __future__ import annotations
 
-import base64
-import dataclasses
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any, NamedTuple
 
 import msgpack
 import orjson
-from pydantic import BaseModel
 
-from relay.errors import DecodingFailed, EncodingFailed
+from relay.encoding import encode_json
+from relay.errors import DecodingFailed
 from relay.events import EventType, format_timestamp
 
 WIRE_VERSION = 1
 """First element of every live message and task; a reader refuses only newer major forms."""
-
-MAX_DEPTH = 128
-
-_ENCODE_OPTIONS = orjson.OPT_UTC_Z | orjson.OPT_NAIVE_UTC | orjson.OPT_NON_STR_KEYS
-_SMALLEST_INT, _LARGEST_INT = -(2**63), 2**64 - 1
 
 
 class Position(NamedTuple):
@@ -68,117 +59,6 @@ def text_of(value: bytes | str | None) -> str:
         return value.decode() if isinstance(value, bytes) else (value or "")
     except UnicodeDecodeError as error:
         raise DecodingFailed(f"a name that is not UTF-8: {value!r:.100}") from error
-
-
-def encode_json(value: Any, path: str = "data") -> bytes:
-    """Give a value's JSON form as UTF-8.
-
-    Beyond JSON's own types: dates and times as ISO 8601 (UTC, ``Z``), enums as their value,
-    UUIDs as text, Decimals as text (no digit is lost), bytes as base64, sets as lists,
-    dataclasses and pydantic models as objects, NaN and infinities as null.
-
-    Args:
-        value: What to encode.
-        path: Name of the value in error texts.
-
-    Raises:
-        EncodingFailed: A part has no JSON form; the error names where it is.
-    """
-    try:
-        return orjson.dumps(value, _convert, _ENCODE_OPTIONS)
-    except (TypeError, ValueError, RecursionError) as error:
-        # The encoder does not say where it failed; the slow search for the place is worth
-        # its time only now.
-        found = _find_unencodable(value, path, 0, [])
-        raise found or EncodingFailed(path, str(error)) from None
-
-
-def _convert(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump()
-    if isinstance(value, Decimal):
-        return str(value)
-    if isinstance(value, bytes | bytearray | memoryview):
-        return base64.b64encode(value).decode("ascii")
-    if isinstance(value, set | frozenset):
-        return sorted(value, key=repr)
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
-
-
-def _find_unencodable(
-    value: Any, path: str, depth: int, ancestors: list[int]
-) -> EncodingFailed | None:
-    if id(value) in ancestors:
-        return EncodingFailed(path, "the value contains itself")
-    if depth > MAX_DEPTH:
-        return EncodingFailed(path, f"nested deeper than {MAX_DEPTH} levels")
-    if isinstance(value, bool) or value is None:
-        return None
-    if isinstance(value, int) and not _SMALLEST_INT <= value <= _LARGEST_INT:
-        return EncodingFailed(path, "the integer needs more than 64 bits; send it as text")
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return EncodingFailed(path, "the text has a lone surrogate and no UTF-8 form")
-        return None
-    ancestors.append(id(value))
-    try:
-        for name, item in _children(value, path):
-            found = _find_unencodable(item, name, depth + 1, ancestors)
-            if found is not None:
-                return found
-    except TypeError as error:
-        return EncodingFailed(path, str(error))
-    finally:
-        ancestors.pop()
-    return None
-
-
-def _children(value: Any, path: str) -> Iterable[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                orjson.dumps({key: None}, option=_ENCODE_OPTIONS)
-            yield f"{path}.{key}", item
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield f"{path}[{index}]", item
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield f"{path}.{field.name}", getattr(value, field.name)
-    elif isinstance(value, float) and not math.isfinite(value):
-        return
-    else:
-        try:
-            orjson.dumps(value, option=_ENCODE_OPTIONS)
-        except TypeError:
-            converted = _convert(value)
-            if isinstance(converted, Mapping | list):
-                yield from _children(converted, path)
-
-
-def redact(value: Any, names: frozenset[str]) -> Any:
-    """Replace the values of keys whose lower-case name is exactly one of ``names``.
-
-    Never by substring: ``token_count`` is not a secret. Returns the same object where nothing
-    had to be replaced.
-    """
-    if isinstance(value, dict):
-        changed = {
-            key: "[redacted]"
-            if isinstance(key, str) and key.lower() in names
-            else redact(item, names)
-            for key, item in value.items()
-        }
-        return changed if any(changed[key] is not value[key] for key in value) else value
-    if isinstance(value, list | tuple):
-        items = [redact(item, names) for item in value]
-        if any(new is not old for new, old in zip(items, value, strict=True)):
-            return items
-    return value
 
 
 @dataclass(frozen=True, slots=True)

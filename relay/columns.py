@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from relay.codec import RunEnvelope, encode_json
+from relay.codec import RunEnvelope
+from relay.encoding import encode_json
 from relay.events import EventType, Kind, validate_data
 from relay.keys import BODY_THRESHOLD_BYTES
 

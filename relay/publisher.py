@@ -17,8 +17,9 @@ import structlog
 from relay import clock
 from relay.batches import Acknowledged, Batch, OutgoingBatches
 from relay.cancellation import end_tasks
-from relay.codec import Task, redact
+from relay.codec import Task
 from relay.columns import columns_of
+from relay.encoding import redact
 from relay.errors import (
     AgentError,
     PublishRefused,

@@ -11,8 +11,9 @@ import structlog
 
 from relay import clock
 from relay.cancelling import Cancelling
-from relay.codec import RunEnvelope, Task, encode_json, text_of
+from relay.codec import RunEnvelope, Task, text_of
 from relay.deadlines import Deadlines
+from relay.encoding import encode_json
 from relay.errors import DecodingFailed, RequestRefused, RunEnded, StaleFence
 from relay.events import EventType, validate_data
 from relay.inputs import InputAnswer, answer_input

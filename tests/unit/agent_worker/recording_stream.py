@@ -11,7 +11,8 @@ import orjson
 
 from agent_worker.outlet import Outlet
 from agent_worker.run import Request, Run, RunInfo
-from relay.codec import RunEnvelope, encode_json
+from relay.codec import RunEnvelope
+from relay.encoding import encode_json
 from relay.errors import PublishRefused
 from relay.events import EventType, validate_data
 from relay.grammar import RunGrammar

@@ -1,12 +1,5 @@
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import datetime
-import enum
-import math
-import uuid
-from decimal import Decimal
 from typing import Any
 
 import msgpack
@@ -16,21 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.codec import (
-    MAX_DEPTH,
     Position,
     Publication,
     RunEnvelope,
     Task,
     decode_live,
     decode_task,
-    encode_json,
     encode_part,
     encode_task,
     parse_position,
-    redact,
     splice,
 )
-from relay.errors import DecodingFailed, EncodingFailed
+from relay.errors import DecodingFailed
 from relay.events import EventType
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -47,16 +37,6 @@ GARBAGE = st.recursive(
     max_leaves=12,
 )
 ENVELOPE = RunEnvelope("run_1", 2, "t", "alice", "docs")
-
-
-@dataclasses.dataclass
-class Point:
-    x: int
-    y: Any
-
-
-class Colour(enum.Enum):
-    RED = "red"
 
 
 # --- Positions ---
@@ -88,62 +68,6 @@ def test_any_text_is_a_position_or_refused(text: str) -> None:
     assert position.offset >= 0
 
 
-# --- JSON ---
-
-
-@given(VALUES)
-def test_json_values_round_trip(value: Any) -> None:
-    decoded = orjson.loads(encode_json(value))
-    assert decoded == orjson.loads(orjson.dumps(value))
-
-
-@pytest.mark.parametrize(
-    ("value", "form"),
-    [
-        (datetime.datetime(2026, 1, 2, 3, tzinfo=datetime.UTC), "2026-01-02T03:00:00Z"),
-        (Colour.RED, "red"),
-        (uuid.UUID(int=5), str(uuid.UUID(int=5))),
-        (Decimal("1.10"), "1.10"),
-        (b"\x00\xff", "AP8="),
-        ({3, 1}, [1, 3]),
-        (Point(1, Decimal(2)), {"x": 1, "y": "2"}),
-        (math.nan, None),
-        ((1, 2), [1, 2]),
-        ({1: "a"}, {"1": "a"}),
-    ],
-)
-def test_other_values_have_the_promised_form(value: object, form: object) -> None:
-    assert orjson.loads(encode_json(value)) == form
-
-
-def test_what_cannot_be_encoded_is_named_by_its_place() -> None:
-    loop: list[Any] = []
-    loop.append(loop)
-    deep: Any = 0
-    for _ in range(MAX_DEPTH + 300):
-        deep = [deep]
-    for value, place in [
-        ({"a": [1, object()]}, "data.a[1]"),
-        ({"a": {"b": "\ud800"}}, "data.a.b"),
-        ({"n": 2**64}, "data.n"),
-        ({"n": -(2**63) - 1}, "data.n"),
-        ({"p": Point(1, object())}, "data.p.y"),
-        ({"s": {"t": lambda: 1}}, "data.s.t"),
-    ]:
-        with pytest.raises(EncodingFailed) as caught:
-            encode_json(value)
-        assert str(caught.value).startswith(place) or place in str(caught.value)
-    for value in (loop, deep):
-        with pytest.raises(EncodingFailed):
-            encode_json({"a": value})
-
-
-@given(st.recursive(GARBAGE | st.just(object()) | st.just("\ud800"), st.lists, max_leaves=4))
-def test_encoding_succeeds_or_fails_as_promised(value: Any) -> None:
-    with contextlib.suppress(EncodingFailed):
-        orjson.loads(encode_json(value))
-
-
 # --- Frames ---
 
 
@@ -173,25 +97,6 @@ def test_a_publications_frame_is_built_once() -> None:
 def test_a_part_keeps_its_text(text: str) -> None:
     part = orjson.loads(encode_part(7, 1, 3, text))
     assert part == {"type": "event_part", "offset": 7, "index": 1, "total": 3, "text": text}
-
-
-# --- Redaction ---
-
-
-def test_only_exact_names_are_redacted() -> None:
-    names = frozenset({"token", "api_key"})
-    value = {"token": "x", "Token": 1, "token_count": 3, "list": [{"API_KEY": None}, ("a",)]}
-    assert redact(value, names) == {
-        "token": "[redacted]",
-        "Token": "[redacted]",
-        "token_count": 3,
-        "list": [{"API_KEY": "[redacted]"}, ("a",)],
-    }
-
-
-@given(VALUES)
-def test_without_secrets_the_same_object_comes_back(value: Any) -> None:
-    assert redact(value, frozenset()) is value
 
 
 # --- Live messages and tasks ---
