@@ -54,7 +54,7 @@ test: setup
 	@echo 'make test: all passed.'
 
 faults: setup
-	$(BIN)/python -m pytest -m faults_full --timeout 1800 $(ARGS)
+	$(BIN)/python -m pytest -m "faults_full or faults_both" --timeout 1800 $(ARGS)
 	@echo 'make faults: all passed.'
 
 bench: setup

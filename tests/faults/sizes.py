@@ -1,10 +1,13 @@
-"""Every fault test in two sizes: small in ``make test``, full in ``make faults``."""
+"""The sizes of fault tests: small in ``make test``, full in ``make faults``, or one in both."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+
+one_size = pytest.mark.faults_both
+"""For a round whose smallest size that shows anything is its full one."""
 
 
 def sized(small: Any, full: Any) -> pytest.MarkDecorator:

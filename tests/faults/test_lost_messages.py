@@ -16,7 +16,7 @@ from tests.conftest import OwnRedis
 from tests.faults.accounts import arrive, verify
 from tests.faults.conftest import Report
 from tests.faults.load import Load, keep_publishing
-from tests.faults.sizes import sized
+from tests.faults.sizes import one_size, sized
 from tests.support.fleet import Fleet, FleetClient, percentile
 from tests.support.proxy import RedisProxy
 from tests.support.stack import GatewayProcess, Stack
@@ -195,6 +195,7 @@ async def watched_readiness(gateway: GatewayProcess) -> AsyncIterator[list[tuple
         await asyncio.gather(watching, return_exceptions=True)
 
 
+@one_size
 async def test_a_cut_subscription_is_noticed_and_readiness_is_red_meanwhile(
     own_redis: OwnRedis, tmp_path: Path, report: Report
 ) -> None:
@@ -228,6 +229,7 @@ async def test_a_cut_subscription_is_noticed_and_readiness_is_red_meanwhile(
                 report(repaired_ms=repaired_s * 1_000, red_after_ms=min(red) * 1_000)
 
 
+@one_size
 async def test_gateways_keep_their_connections_while_redis_is_away(
     own_redis: OwnRedis, tmp_path: Path, report: Report
 ) -> None:

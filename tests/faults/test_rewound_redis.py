@@ -19,6 +19,7 @@ from relay.errors import PublishRefused
 from tests.conftest import OwnRedis
 from tests.faults.accounts import arrive, verify
 from tests.faults.load import Load, LoadRun
+from tests.faults.sizes import one_size
 from tests.support.fleet import Fleet, FleetClient
 from tests.support.proxy import RedisProxy
 from tests.support.redis_server import RedisServer
@@ -123,6 +124,7 @@ def _is_at(run: LoadRun) -> Callable[[FleetClient], bool]:
     return lambda client: run.lifecycle[-1] in client.lifecycle(run.run_id)[-1:]
 
 
+@one_size
 @pytest.mark.parametrize(
     ("fault", "survives"),
     [
@@ -213,6 +215,7 @@ async def _go_on(runs: list[LoadRun], survives: bool) -> None:
             run.is_lost = run.has_ended = True
 
 
+@one_size
 async def test_a_restart_with_a_complete_append_only_file_is_not_noticed(
     own_redis: OwnRedis, tmp_path: Path
 ) -> None:

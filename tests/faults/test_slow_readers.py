@@ -11,7 +11,7 @@ from tests.conftest import OwnRedis
 from tests.faults.accounts import arrive, verify
 from tests.faults.conftest import Report
 from tests.faults.load import Load, LoadRun, keep_publishing
-from tests.faults.sizes import sized
+from tests.faults.sizes import one_size, sized
 from tests.support.fleet import Fleet, percentile
 from tests.support.proxy import TcpProxy
 from tests.support.stack import Stack
@@ -111,6 +111,7 @@ async def test_a_slow_reader_costs_little_and_disturbs_nobody(
                 assert percentile(delays, 0.99) < FAST_DELAY_LIMIT_MS
 
 
+@one_size
 async def test_a_reader_that_falls_below_the_floor_gets_a_reset(
     own_redis: OwnRedis, tmp_path: Path
 ) -> None:
