@@ -33,12 +33,14 @@ from gateway.http.internal import admin_routes, health_routes, metrics_routes
 from gateway.http.middleware import ApiCors, SafeHeaders
 from gateway.http.page import page_routes
 from gateway.http.problems import EXCEPTION_HANDLERS
+from gateway.http.revocations import revocation_routes
 from gateway.http.runs import run_routes
 from gateway.http.tickets import ticket_routes
 from gateway.metrics import GatewayMetrics
 from gateway.node import Node
-from gateway.protocol import Connection, ConnectionServices, steady_ms
+from gateway.protocol import Connection, ConnectionServices, steady_ms, wall_ms
 from gateway.refusals import UNAVAILABLE_RETRY_MS
+from gateway.revocation_watch import RevocationWatch
 from gateway.server import Listener, bind, server_config
 from gateway.session import SessionLimits
 from gateway.tickets import TicketOffice
@@ -50,6 +52,7 @@ from relay.jwks import KeySet
 from relay.keys import Keys
 from relay.probe import Probe
 from relay.reaper import Reaper
+from relay.revocations import RevocationLog
 from relay.run_model import RunLimits
 from relay.runs import RunRegistry
 from relay.scripts import LogLimits, RedisLink
@@ -96,6 +99,7 @@ class Gateway:
             self._probe,
             is_subscribed=lambda: self.hub.subscriber.is_connected,
             agents_error=lambda: self._commands.agents_error,
+            revocations_age_s=lambda: self._revocations.age_s,
         )
         self._verifier = TokenVerifier(
             settings.secrets,
@@ -104,8 +108,14 @@ class Gateway:
             audience=settings.jwt_audience,
         )
         self._tickets = TicketOffice(self.link, keys)
+        self._revocation_log = RevocationLog(self.link, keys)
+        self._revocations = RevocationWatch(self._revocation_log, self._close_revoked, wall_ms)
         self._authenticator = Authenticator(
-            self._verifier, self._tickets, settings.allowed_origins, time.time
+            self._verifier,
+            self._tickets,
+            settings.allowed_origins,
+            self._revocations.is_revoked,
+            time.time,
         )
         registry = RunRegistry(
             self.link,
@@ -199,9 +209,12 @@ class Gateway:
         await self.link.check()
         await self.hub.start()
         self.hub.listen(self.node.channel, self._receive_signal)
+        self.hub.listen(self._revocations.channel, self._revocations.receive)
+        await self._revocations.look()
         await self.node.renew()
         await self._probe_first()
         self._run_in_background(self.node.run(), "node")
+        self._run_in_background(self._revocations.run(), "revocations")
         self._run_in_background(self.health.run(), "health")
         self._run_in_background(self._turn_wheel(), "wheel")
         self._run_in_background(self._reaper.run(), "reaper")
@@ -281,6 +294,11 @@ class Gateway:
         for connection in self.pool.of_user(user_id):
             connection.close(CloseCode.FORBIDDEN, "disconnected by an operator")
 
+    def _close_revoked(self) -> None:
+        for connection in self.pool:
+            if self._revocations.is_revoked(connection.identity):
+                connection.end_access("token revoked")
+
     # --- The end ---
 
     def check_open(self) -> None:
@@ -320,6 +338,7 @@ class Gateway:
             "Time since a probe came back through Redis.",
             lambda: self.health.probe_age_s,
         )
+        observe("relay_revocations", "Revocations in force.", lambda: len(self._revocations))
         self.metrics.observe_count(
             "relay_catch_ups",
             "Pages of history read for connections that were behind.",
@@ -357,8 +376,15 @@ class Gateway:
             *metrics_routes(self.metrics),
             *health_routes(self.health, with_detail=True),
             *admin_routes(
-                self.identify, self.node, self.pool, self.hub, self.health, self._cluster
+                self.identify,
+                self.node,
+                self.pool,
+                self.hub,
+                self.health,
+                self._cluster,
+                self._revocations,
             ),
+            *revocation_routes(self.identify, self._revocation_log),
         ]
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from gateway.tickets import TicketOffice
-from relay.errors import RequestRefused
+from relay.errors import RequestRefused, TokenRejected
 from relay.tokens import Identity, TokenVerifier, looks_like_token
 
 SUBPROTOCOL = "relay.v1"
@@ -109,6 +109,7 @@ class Authenticator:
         verifier: For tokens.
         tickets: For tickets.
         allowed_origins: Origins beside the gateway's own.
+        is_revoked: Tells whether the token behind an identity was revoked.
         now_s: The wall clock.
     """
 
@@ -117,11 +118,13 @@ class Authenticator:
         verifier: TokenVerifier,
         tickets: TicketOffice,
         allowed_origins: Collection[str],
+        is_revoked: Callable[[Identity], bool],
         now_s: Callable[[], float],
     ) -> None:
         self._verifier = verifier
         self._tickets = tickets
         self._allowed_origins = frozenset(allowed_origins)
+        self._is_revoked = is_revoked
         self._now_s = now_s
 
     def check_origin(self, headers: Mapping[str, str]) -> None:
@@ -156,16 +159,28 @@ class Authenticator:
                 "The ticket is not valid: it has been used, or is older than 30 seconds.",
                 suggestions=("Get a new ticket with POST /v1/tickets.",),
             )
+        self.check_not_revoked(identity)
         return identity
 
     async def verify_token(self, token: str) -> Identity:
         """Verify a token.
 
         Raises:
-            TokenRejected: It proves nothing.
+            TokenRejected: It proves nothing, or was revoked.
             RequestRefused: ``unavailable``.
         """
-        return await self._verifier.verify(token, self._now_s())
+        identity = await self._verifier.verify(token, self._now_s())
+        self.check_not_revoked(identity)
+        return identity
+
+    def check_not_revoked(self, identity: Identity) -> None:
+        """Make sure that the token behind an identity is still good, after time has passed.
+
+        Raises:
+            TokenRejected: It was revoked.
+        """
+        if self._is_revoked(identity):
+            raise TokenRejected("The token was revoked.")
 
 
 def require_scope(identity: Identity, scope: str) -> None:

@@ -11,6 +11,7 @@ import structlog
 from gateway.metrics import GatewayMetrics
 from gateway.refusals import LIMIT_RETRY_MS
 from relay.errors import CloseCode, RequestRefused
+from relay.tokens import Identity
 
 MAX_CONNECTIONS_PER_NODE = 20_000
 
@@ -29,11 +30,18 @@ class PooledConnection(Protocol):
         """Who owns it."""
 
     @property
+    def identity(self) -> Identity:
+        """What the token that it goes on with says."""
+
+    @property
     def client_id(self) -> str | None:
         """The device that it comes from, as the client says."""
 
     def close(self, code: CloseCode, reason: str) -> None:
         """Close it after what is waiting has been sent."""
+
+    def end_access(self, reason: str) -> None:
+        """Close it with 4401 at once: nothing that waits is sent any more."""
 
     def drain(self, after_ms: int) -> None:
         """Ask the client to come back, and close."""

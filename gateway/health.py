@@ -13,6 +13,9 @@ PROBE_INTERVAL_S = 1.0
 SLACK_S = 1.0
 """An event loop that cannot run a probe for this long beyond its time is itself unwell."""
 
+REVOCATIONS_AGE_S = 4.0
+"""A gateway that has not heard of revocations for so long would take tokens that are worthless."""
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -36,6 +39,7 @@ class Health:
         probe: The round trip.
         is_subscribed: Whether the pub/sub connection is up.
         agents_error: Gives why the list of agents cannot be read, or None.
+        revocations_age_s: Gives how long ago revocations were last read.
         interval_s: Time between probes.
     """
 
@@ -45,11 +49,13 @@ class Health:
         *,
         is_subscribed: Callable[[], bool],
         agents_error: Callable[[], str | None],
+        revocations_age_s: Callable[[], float],
         interval_s: float = PROBE_INTERVAL_S,
     ) -> None:
         self._probe = probe
         self._is_subscribed = is_subscribed
         self._agents_error = agents_error
+        self._revocations_age_s = revocations_age_s
         self._interval_s = interval_s
         self._succeeded_s: float | None = None
         self.is_draining = False
@@ -84,6 +90,7 @@ class Health:
         return [
             self._check_probe(),
             self._check_subscription(),
+            self._check_revocations(),
             self._check_drain(),
             self._check_agents(),
         ]
@@ -105,6 +112,12 @@ class Health:
         if self._is_subscribed():
             return Check("subscription", True, "the pub/sub connection is up")
         return Check("subscription", False, "the pub/sub connection is down; reconnecting")
+
+    def _check_revocations(self) -> Check:
+        age_s = self._revocations_age_s()
+        if age_s > REVOCATIONS_AGE_S:
+            return Check("revocations", False, f"revoked tokens were not read for {age_s:.1f} s")
+        return Check("revocations", True, "revoked tokens are known")
 
     def _check_drain(self) -> Check:
         if self.is_draining:

@@ -122,6 +122,7 @@ class Connection:
     ) -> None:
         self.connection_id = "con_" + secrets.token_hex(12)
         self.user_id = identity.user_id
+        self.identity = identity
         self.client_id = client_id
         self.transport = make_transport(self)
         self._services = services
@@ -190,6 +191,11 @@ class Connection:
         self._deadline_ms = steady_ms() + CLOSE_LIMIT_MS
         self.transport.close(code, reason)
         self._schedule()
+
+    def end_access(self, reason: str) -> None:
+        """Close with 4401 at once: what waits for the socket belongs to nobody any more."""
+        if self._closing is None or self._closing.code is not CloseCode.TOKEN_EXPIRED:
+            self._cut_off(CloseCode.TOKEN_EXPIRED, reason)
 
     def drain(self, after_ms: int) -> None:
         """Ask the client to come back, to any gateway, and close with 1012."""
@@ -264,6 +270,8 @@ class Connection:
                 self._send(frame)
             case Pong(frame_id):
                 self._send(frames.pong(frame_id, self._position))
+            case Close(CloseCode.TOKEN_EXPIRED, reason):
+                self.end_access(reason)
             case Close(code, reason):
                 self.close(code, reason)
             case _:
@@ -296,6 +304,8 @@ class Connection:
 
     async def _refresh(self, frame_id: str, token: str) -> list[Effect]:
         identity = await self._services.authenticator.verify_token(token)
+        if identity.user_id == self.user_id:
+            self.identity = identity
         effects = self._session.token_verified(
             frame_id, identity.user_id, identity.expires_at_ms, wall_ms()
         )

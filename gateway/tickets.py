@@ -39,6 +39,7 @@ class TicketOffice:
                 "jti": identity.jti,
                 "scopes": sorted(identity.scopes),
                 "issuer": identity.issuer,
+                "issued_at_ms": identity.issued_at_ms,
             }
         )
         with mapped_errors(self._link.url):

@@ -157,6 +157,11 @@ class Keys:
         return f"{self.prefix}:dead-letters"
 
     @property
+    def revocations(self) -> str:
+        """Stream of revoked tokens, and the channel that says there is something new."""
+        return f"{self.prefix}:revocations"
+
+    @property
     def sweep(self) -> str:
         """String: which process looks after the tasks of dead workers at the moment."""
         return f"{self.prefix}:sweep"

@@ -30,7 +30,7 @@ LEEWAY_S = 30
 """By how much the clocks of issuer and gateway may differ. Fixed, so that nobody widens it."""
 
 MAX_TOKEN_CHARS = 8_000
-_LATEST_EXPIRY_S = 253_402_300_799
+LATEST_EXPIRY_S = 253_402_300_799
 """End of the year 9999: the last moment that a timestamp can show."""
 
 _FORM = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
@@ -47,6 +47,7 @@ class Identity:
         jti: The token's own id, if it has one.
         scopes: What it permits beyond the user's own runs, from ``scope``.
         issuer: The token's ``iss``, if it has one.
+        issued_at_ms: The token's ``iat``, if it has one.
     """
 
     user_id: str
@@ -54,6 +55,7 @@ class Identity:
     jti: str | None = None
     scopes: frozenset[str] = frozenset()
     issuer: str | None = None
+    issued_at_ms: int | None = None
 
 
 def looks_like_token(text: str) -> bool:
@@ -183,6 +185,10 @@ def identity_of(
     not_before_s = _time_claim(claims, "nbf")
     if not_before_s is not None and now_s < not_before_s - LEEWAY_S:
         raise TokenRejected("The token is not valid yet (nbf).")
+    issued_s = _time_claim(claims, "iat")
+    if issued_s is not None and now_s < issued_s - LEEWAY_S:
+        # It would outlive every revocation of its user's tokens until then.
+        raise TokenRejected("The token was issued in the future (iat).")
     if issuer is not None and claims.get("iss") != issuer:
         raise TokenRejected("The token comes from another issuer than the one trusted here (iss).")
     if audience is not None and not _has_audience(claims.get("aud"), audience):
@@ -193,6 +199,7 @@ def identity_of(
         jti=_text_claim(claims, "jti"),
         scopes=frozenset((_text_claim(claims, "scope") or "").split()),
         issuer=_text_claim(claims, "iss"),
+        issued_at_ms=None if issued_s is None else int(issued_s * 1000),
     )
 
 
@@ -201,7 +208,7 @@ def _time_claim(claims: dict[str, Any], name: str) -> float | None:
     if value is None:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not 0 <= value <= _LATEST_EXPIRY_S:
+    if not is_number or not math.isfinite(value) or not 0 <= value <= LATEST_EXPIRY_S:
         raise TokenRejected(f"The token's claim {name} is not a time in seconds.")
     return float(value)
 

@@ -68,13 +68,16 @@ class EventStream:
     async def body(self) -> AsyncIterator[bytes]:
         """Give the response's body until the stream is closed."""
         try:
-            while not self._is_cut_off:
+            while True:
                 await self._has_work.wait()
                 self._has_work.clear()
                 for frame in self._source.take_frames():
+                    if self._is_cut_off:
+                        break
                     yield frame
                     self._source.frame_written(len(frame))
-                if self._closing is not None and not self._has_work.is_set():
+                is_last = self._is_cut_off or not self._has_work.is_set()
+                if self._closing is not None and is_last:
                     code, reason = self._closing
                     closed = orjson.dumps({"code": code, "reason": reason})
                     yield b"event: close\ndata: %s\n\n" % closed

@@ -18,6 +18,7 @@ from gateway.http.dead_letters import dead_letter_routes
 from gateway.http.problems import json_response
 from gateway.metrics import CONTENT_TYPE, GatewayMetrics
 from gateway.node import Node
+from gateway.revocation_watch import RevocationWatch
 from relay.tokens import Identity
 
 
@@ -69,6 +70,7 @@ def admin_routes(
     hub: FeedHub,
     health: Health,
     cluster: Cluster,
+    revocations: RevocationWatch,
 ) -> list[Route]:
     """Make what needs a token with the scope ``relay:admin``."""
 
@@ -86,6 +88,7 @@ def admin_routes(
                 "degraded": hub.is_degraded,
                 "feeds": hub.feed_count,
                 "catch_ups": hub.catch_ups,
+                "revocations": len(revocations),
                 **asdict(pool.statistics()),
                 **await cluster.figures(),
             }

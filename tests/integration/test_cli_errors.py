@@ -24,6 +24,7 @@ SECRET = "s" * 32
         (["gateway"], {"RELAY_HEARTBEAT_MS": "never"}, "RELAY_HEARTBEAT_MS='never'"),
         (["worker", "nothing_here:worker"], {}, "There is no module 'nothing_here'"),
         (["worker", "nothing_here"], {}, "MODULE:ATTR"),
+        (["token"], {"RELAY_JWT_SECRET": SECRET}, "--user ID"),
         (["token", "--user", "alice"], {}, "There is no secret"),
         (["token", "--user", "x" * 300], {"RELAY_JWT_SECRET": SECRET}, "is not allowed"),
         (["send", "hi"], {"RELAY_JWT_SECRET": SECRET}, "--user"),

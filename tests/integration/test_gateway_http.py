@@ -252,7 +252,7 @@ async def test_health_is_public_and_its_detail_internal(gateway: Gateway) -> Non
         answer = await client.get(gateway.admin_url + "/readyz")
         assert answer.status_code == 200
         checks = {check["name"]: check for check in answer.json()["checks"]}
-        assert set(checks) == {"redis_round_trip", "subscription", "drain", "agents"}
+        assert set(checks) == {"redis_round_trip", "subscription", "drain", "agents", "revocations"}
         assert all(check["ok"] for check in checks.values())
         assert "ms" in checks["redis_round_trip"]["detail"]
         assert (await client.get(gateway.admin_url + "/healthz")).status_code == 200

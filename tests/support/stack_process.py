@@ -121,14 +121,18 @@ class RelayUp:
 
 
 def run_relay(
-    *arguments: str, folder: Path | None = None, timeout_s: float = 60.0, **variables: str
+    *arguments: str,
+    folder: Path | None = None,
+    timeout_s: float = 60.0,
+    stdin: str = "",
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run a ``relay`` command to its end."""
     return subprocess.run(
         [RELAY, *arguments],
         cwd=folder,
         env=clean_environment(**variables),
-        stdin=subprocess.DEVNULL,
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=timeout_s,

@@ -7,6 +7,7 @@ import pytest
 from gateway.connection_pool import PoolLimits, PoolStatistics, WebSocketConnectionPool
 from gateway.metrics import GatewayMetrics
 from relay.errors import CloseCode, RequestRefused
+from relay.tokens import Identity
 
 
 class Standing:
@@ -15,11 +16,15 @@ class Standing:
     def __init__(self, connection_id: str, user_id: str) -> None:
         self.connection_id = connection_id
         self.user_id = user_id
+        self.identity = Identity(user_id, 4_000_000_000_000)
         self.client_id = None
         self.calls: list[str] = []
 
     def close(self, code: CloseCode, reason: str) -> None:
         self.calls.append("close")
+
+    def end_access(self, reason: str) -> None:
+        self.calls.append("end_access")
 
     def drain(self, after_ms: int) -> None:
         self.calls.append("drain")

@@ -444,3 +444,13 @@ def test_huge_document_is_refused(issuer: Issuer) -> None:
 def test_form_of_a_token_is_recognised() -> None:
     assert looks_like_token(mint_token(SECRET, "alice", 60))
     assert not looks_like_token("q3nD9c0zJ0xQmW2b8vT4yUoK6sPa1LeR7iHfXgZjN5k")
+
+
+async def test_time_of_issue_is_kept_and_may_not_lie_in_the_future() -> None:
+    verifier = TokenVerifier([SECRET])
+    identity = await verifier.verify(mint_token(SECRET, "alice", 60, now_s=1_000), 1_000)
+    assert identity.issued_at_ms == 1_000_000
+    early = mint_token(SECRET, "alice", 600, now_s=1_000 + LEEWAY_S)
+    await verifier.verify(early, 1_000)
+    with pytest.raises(TokenRejected, match="in the future"):
+        await verifier.verify(mint_token(SECRET, "alice", 600, now_s=1_001 + LEEWAY_S), 1_000)
