@@ -23,8 +23,10 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from relay.config import hide_password
 from relay.errors import RedisMisconfigured, RedisUnavailable, RelayError
 from relay.keys import SCRIPT_CONSTANTS, UserKeys
+from relay.redis_refusals import explain_refusal, explain_tls, hint_at_tls, is_refusal
 
 OLDEST_REDIS = (6, 2)
 SCHEMES = ("redis", "rediss", "unix", "valkey", "valkeys")
@@ -54,7 +56,7 @@ _PASSING_ERRORS = (
     redis_errors.TryAgainError,
     redis_errors.ClusterDownError,
 )
-_RIGHTS = ("NOAUTH", "WRONGPASS", "NOPERM")
+_REFUSALS = (redis_errors.AuthenticationError, redis_errors.NoPermissionError)
 
 
 class ScriptFailed(RelayError):
@@ -102,11 +104,6 @@ class ScriptCall(NamedTuple):
     keys: tuple[str, ...]
     epoch: str
     args: tuple[str | bytes | int, ...]
-
-
-def hide_password(url: str) -> str:
-    """Give a Redis URL without its password, fit for logs and error texts."""
-    return re.sub(r"(//[^/@:]*:)[^/@]*@", r"\1***@", url)
 
 
 class RedisLink:
@@ -245,13 +242,15 @@ class RedisLink:
             again = await self._send(connection, [calls[index] for index in missing])
             for index, reply in zip(missing, again, strict=True):
                 replies[index] = reply
-        return [self._understood(reply) for reply in replies]
+        return [
+            self._understood(call.script, reply) for call, reply in zip(calls, replies, strict=True)
+        ]
 
-    def _understood(self, reply: Any) -> Any:
+    def _understood(self, script: Script, reply: Any) -> Any:
         if not isinstance(reply, Exception):
             return reply
         try:
-            with mapped_errors(self.url):
+            with mapped_errors(self.url, script.source):
                 raise reply
         except ScriptFailed as error:
             return error
@@ -289,7 +288,11 @@ class RedisLink:
                 info = await self.client.info("server")
         except RedisUnavailable as error:
             reason = str(error).rstrip(".")
-            raise RedisUnavailable(f"{reason}. Start it, or correct RELAY_REDIS_URL.") from error
+            # Nobody says more than this where one side speaks TLS and the other does not.
+            hint = hint_at_tls(self.url) if "reset" in reason or "Timeout" in reason else ""
+            raise RedisUnavailable(
+                f"{reason}. Start it, or correct RELAY_REDIS_URL.{hint}"
+            ) from error
         except ScriptFailed as error:
             # No script has run yet: it is the address, such as the number of a database.
             raise RedisMisconfigured(
@@ -314,10 +317,16 @@ def _is_unknown_script(reply: Any) -> bool:
 
 
 class mapped_errors:  # noqa: N801 -- used as a statement, like contextlib's own
-    """Translate the client library's errors, once, at the edge."""
+    """Translate the client library's errors, once, at the edge.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        url: Which Redis was asked.
+        source: Of the script that it ran.
+    """
+
+    def __init__(self, url: str, source: bytes = b"") -> None:
         self._url = url
+        self._source = source
 
     def __enter__(self) -> None:
         """Begin."""
@@ -336,14 +345,11 @@ class mapped_errors:  # noqa: N801 -- used as a statement, like contextlib's own
             return
         where = hide_password(self._url)
         text = str(error)
-        is_refused = isinstance(
-            error, redis_errors.AuthenticationError | redis_errors.NoPermissionError
-        )
-        if is_refused or text.startswith(_RIGHTS):
-            raise RedisMisconfigured(
-                f"Redis at {where} refuses us: {text} "
-                "Check user and password in RELAY_REDIS_URL and the ACL."
-            ) from error
+        if isinstance(error, _REFUSALS) or is_refusal(text):
+            reason = explain_refusal(text, self._url, self._source)
+            raise RedisMisconfigured(f"Redis at {where} refuses us: {reason}") from error
+        if tls := explain_tls(error, self._url):
+            raise RedisMisconfigured(f"Redis at {where} cannot be used: {tls}") from error
         if isinstance(
             error,
             redis_errors.ConnectionError

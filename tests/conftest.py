@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Protocol
 import psutil
 import pytest
 import pytest_asyncio
+import redis
 import redis.asyncio
 
+from tests.support.acl import install_users
 from tests.support.browser import NO_BROWSER, find_browser
-from tests.support.redis_server import RedisServer, find_redis_server
+from tests.support.redis_server import RedisServer, find_redis_server, has_tls
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
@@ -38,6 +40,7 @@ REMEDIES = {
     "needs_docker": "No Docker engine answers. Start one.",
     "needs_node": "There is no node on PATH. Install it, for example: apt-get install nodejs.",
     "needs_browser": NO_BROWSER,
+    "needs_redis_tls": "There is no redis-server with TLS on PATH: apt-get install redis-server.",
 }
 
 _BACKEND = pytest.StashKey[str]()
@@ -105,6 +108,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "needs_docker": config.stash[_DOCKER] is not None,
         "needs_node": shutil.which("node") is not None,
         "needs_browser": find_browser() is not None,
+        "needs_redis_tls": has_tls(),
     }
     kept: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
@@ -169,7 +173,10 @@ def redis_url(
             pytrace=False,
         )
     try:
-        yield f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}/0"
+        url = f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}/0"
+        with redis.Redis.from_url(url) as client:
+            install_users(client)
+        yield url
     finally:
         container.stop()
 

@@ -13,6 +13,7 @@ from gateway.app import Gateway, running_gateway
 from relay.events import EventType
 from relay.grammar import RunGrammar
 from tests.integration.gateway_support import gateway_settings, tab
+from tests.support.acl import settings_as
 
 
 @pytest_asyncio.fixture
@@ -34,7 +35,7 @@ async def test_browser_sees_runs_and_notices_and_stops_what_it_wants(
             await asyncio.Event().wait()
 
     async with (
-        AgentWebSocketBridge(settings) as bridge,
+        AgentWebSocketBridge(settings_as(settings, "worker")) as bridge,
         tab(gateway) as alice,
         tab(gateway, "bob") as bob,
     ):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 import orjson
-import redis.asyncio
 
 from agent_worker import AgentWebSocketBridge, BridgeState
 from relay.config import Settings
@@ -96,10 +95,10 @@ async def test_refusal_by_redis_is_a_failure_at_once(own_redis: OwnRedis, key_pr
     settings = settings_for(server.url, key_prefix, lease_ms=60_000)
     async with AgentWebSocketBridge(settings) as bridge:
         async with server.client() as admin:
-            await admin.config_set("requirepass", "changed")
+            await admin.execute_command("ACL", "SETUSER", "worker", "off")
             await admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         await reaches(bridge, BridgeState.FAILED)
         assert bridge.health().silence_ms < 60_000
-        async with redis.asyncio.Redis(port=server.port, password="changed") as admin:
-            await admin.config_set("requirepass", "")
+        async with server.client() as admin:
+            await admin.execute_command("ACL", "SETUSER", "worker", "on")
         await reaches(bridge, BridgeState.ACTIVE)

@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 READY_DEADLINE_S = 90.0
 RUN_DEADLINE_S = 30.0
 TERMINAL = {"agent_completed", "agent_error", "agent_cancelled"}
+SECRETS = ("RELAY_JWT_SECRET", "REDIS_GATEWAY_PASSWORD", "REDIS_WORKER_PASSWORD")
 QUESTION = "How does a client resume after a lost connection?"
 
 pytestmark = pytest.mark.needs_docker
@@ -114,7 +115,7 @@ def stack() -> Iterator[Stack]:
         port,
         {
             **os.environ,
-            "RELAY_JWT_SECRET": secrets.token_hex(32),
+            **{name: secrets.token_hex(32) for name in SECRETS},
             "PUBLISHED_PORT": str(port),
             "AGENT_RELAY_IMAGE": f"{project}:latest",
         },
@@ -194,9 +195,11 @@ def assert_complete(events: list[dict[str, Any]], user_id: str) -> None:
     assert events[-1]["data"]["result"]
 
 
-def test_missing_secret_is_named_before_anything_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", SECRETS)
+def test_missing_secret_is_named_before_anything_starts(tmp_path: Path, missing: str) -> None:
     shutil.copy(ROOT / "docker-compose.yml", tmp_path)
-    environment = {key: value for key, value in os.environ.items() if key != "RELAY_JWT_SECRET"}
+    environment = {**os.environ, **dict.fromkeys(SECRETS, "x" * 32)}
+    del environment[missing]
     done = subprocess.run(
         [*compose_program(), "config"],
         cwd=tmp_path,
@@ -207,7 +210,7 @@ def test_missing_secret_is_named_before_anything_starts(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode != 0
-    assert "RELAY_JWT_SECRET" in done.stderr
+    assert missing in done.stderr
 
 
 @pytest.mark.timeout(600)

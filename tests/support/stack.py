@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 import httpx
 
 from relay.tokens import mint_token
+from tests.support.acl import as_user
 from tests.support.processes import ManagedProcess
 from tests.support.redis_server import free_port
 
@@ -134,13 +135,13 @@ class Stack:
         return mint_token(self.secret, user_id, ttl_s)
 
     def environment(
-        self, redis_url: str | None, settings: Mapping[str, str | int]
+        self, role: str, redis_url: str | None, settings: Mapping[str, str | int]
     ) -> dict[str, str]:
         """Give a process's environment: that of the test without what would configure a relay."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
         return {
             **kept,
-            "RELAY_REDIS_URL": redis_url or self.redis_url,
+            "RELAY_REDIS_URL": as_user(redis_url or self.redis_url, role),
             "RELAY_KEY_PREFIX": self.key_prefix,
             "RELAY_JWT_SECRET": self.secret,
             "RELAY_LOG_FORMAT": "json",
@@ -160,7 +161,7 @@ class Stack:
         """Start a gateway; return when it is ready."""
         while True:
             gateway = GatewayProcess(
-                self.environment(redis_url, settings),
+                self.environment("gateway", redis_url, settings),
                 self._folder,
                 f"gateway-{next(self._numbers)}",
                 free_port(),
@@ -189,7 +190,7 @@ class Stack:
         """Start a worker; return when it says that it has."""
         worker = ManagedProcess(
             [sys.executable, "-m", "relay", "worker", reference, "--app-dir", str(app_dir)],
-            environment=self.environment(redis_url, settings),
+            environment=self.environment("worker", redis_url, settings),
             folder=self._folder,
             log_path=self._folder / f"worker-{len(self.workers)}.log",
         )
