@@ -44,12 +44,12 @@ class OpenTool(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """One lifecycle event as a script's arguments."""
+    """One lifecycle event as a script's arguments; ``_run.lua`` says what they mean."""
 
     kind: int
-    op: str
-    op_id: str
-    op_value: str
+    type: str
+    subject_id: str
+    value: str
     event: bytes
     digest: str
 
@@ -65,26 +65,25 @@ def columns_of(
         data: Its validated data.
         event: Its stored bytes.
     """
-    op, op_id, op_value = "", "", ""
+    subject_id, value = "", ""
     match event_type:
-        case EventType.AGENT_STARTED:
-            op = "start"
         case EventType.TOOL_EXECUTING:
-            op, op_id = "tool+", data["tool_call_id"]
-            op_value = OpenTool(data["tool_name"], now_ms).encode()
+            subject_id = data["tool_call_id"]
+            value = OpenTool(data["tool_name"], now_ms).encode()
         case EventType.TOOL_COMPLETED:
-            op, op_id = "tool-", data["tool_call_id"]
+            subject_id = data["tool_call_id"]
         case EventType.INPUT_REQUESTED:
-            kept = {name: value for name, value in data.items() if name != "request_id"}
-            op, op_id, op_value = "input+", data["request_id"], encode_json(kept).decode()
+            subject_id = data["request_id"]
+            kept = {name: part for name, part in data.items() if name != "request_id"}
+            value = encode_json(kept).decode()
         case EventType.INPUT_RESOLVED:
-            op, op_id = "input-", data["request_id"]
+            subject_id = data["request_id"]
         case EventType.AGENT_RETRYING:
-            op, op_value = "retry", str(data["delay_ms"])
-        case _ if event_type in END_STATUS:
-            op, op_value = "end", END_STATUS[event_type]
+            value = str(data["delay_ms"])
+        case _:
+            value = END_STATUS.get(event_type, "")
     digest = hashlib.sha256(event).hexdigest() if len(event) > BODY_THRESHOLD_BYTES else ""
-    return Columns(int(Kind.EVENT), op, op_id, op_value, event, digest)
+    return Columns(int(Kind.EVENT), event_type.value, subject_id, value, event, digest)
 
 
 def lifecycle_columns(

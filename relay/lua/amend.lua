@@ -12,7 +12,7 @@
 local run_id = ARGV[6]
 
 local channel = open_channel()
-local run = redis.call('HMGET', RUN, 'status', 'fence', 'seq', 'lease_until_ms', 'updated_ms')
+local run = call('HMGET', RUN, 'status', 'fence', 'seq', 'lease_until_ms', 'updated_ms')
 if not run[1] then
   return {'unknown'}
 end
@@ -28,11 +28,12 @@ end
 
 local batch = new_batch()
 local outcome = apply_events(channel, batch, run_id, load_progress(), 13, #ARGV)
+save_run(outcome)
 if ARGV[12] == 'supersede' then
-  redis.call('HSET', RUN, 'fence', '', 'worker', '')
+  call('HSET', RUN, 'fence', '', 'worker', '')
 end
 if ARGV[10] == 'stall' then
-  redis.call('HSET', RUN, 'stalled_ms', int(NOW))
+  call('HSET', RUN, 'stalled_ms', int(NOW))
 end
 local next_run, next_agent = '', ''
 if outcome.ended_at then

@@ -12,7 +12,7 @@
 local run_id = ARGV[6]
 
 local channel = open_channel()
-local run = redis.call('HMGET', RUN, 'status', 'attempt', 'cancel', 'worker')
+local run = call('HMGET', RUN, 'status', 'attempt', 'cancel', 'worker')
 local status = run[1]
 if not status then
   return {'unknown'}
@@ -31,7 +31,7 @@ local batch = new_batch()
 local progress = load_progress()
 local is_idle = status == 'queued' or status == 'retrying'
 local outcome = apply_events(channel, batch, run_id, progress, 9, is_idle and #ARGV or 14)
-redis.call('HSET', RUN, 'cancel', ARGV[8], 'cancel_ms', int(NOW))
+save_run(outcome, 'cancel', ARGV[8], 'cancel_ms', NOW)
 local reply = {'requested', run[4] or ''}
 if is_idle then
   local next_run, next_agent = end_run(run_id, outcome)

@@ -10,7 +10,7 @@
 local run_id, fence, worker = ARGV[6], ARGV[7], ARGV[8]
 
 local channel = open_channel()
-local run = redis.call('HMGET', RUN, 'status', 'fence', 'attempt', 'seq', 'agent', 'thread',
+local run = call('HMGET', RUN, 'status', 'fence', 'attempt', 'seq', 'agent', 'thread',
   'request', 'cancel', 'created_ms', 'lane', 'worker', 'retry_at_ms')
 local status = run[1]
 if not status then
@@ -32,7 +32,7 @@ if run[2] ~= fence then
     return {'waiting'}
   end
   attempt = attempt + 1
-  redis.call('HSET', RUN, 'status', 'running', 'attempt', int(attempt), 'fence', fence,
+  call('HSET', RUN, 'status', 'running', 'attempt', int(attempt), 'fence', fence,
     'worker', worker, 'lease_until_ms', int(NOW + tonumber(ARGV[9])), 'batch', '0', 'answer', '',
     'claimed_ms', int(NOW), 'started_ms', '0', 'updated_ms', int(NOW), 'answers', '{}',
     'max_attempts', ARGV[10], 'stall_after_ms', ARGV[11])

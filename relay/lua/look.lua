@@ -11,7 +11,7 @@ local LOOK_FIELDS = {'status', 'attempt', 'fence', 'seq', 'agent', 'thread', 'wo
   'open_tools', 'open_inputs'}
 
 open_channel()
-local run = redis.call('HMGET', RUN, 'lane', unpack(LOOK_FIELDS))
+local run = call('HMGET', RUN, 'lane', unpack(LOOK_FIELDS))
 if not run[2] then
   return {int(NOW)}
 end

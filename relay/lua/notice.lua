@@ -9,7 +9,7 @@ local MAX_RECENT = 64
 
 local channel = open_channel()
 local recent = {}
-for id, offset in string.gmatch(redis.call('HGET', CHANNEL, 'notices') or '', '(%S+):(%d+)') do
+for id, offset in string.gmatch(call('HGET', CHANNEL, 'notices') or '', '(%S+):(%d+)') do
   if id == ARGV[6] then
     return {channel.epoch, offset}
   end
@@ -21,7 +21,7 @@ end
 local batch = new_batch()
 local offset = append(channel, batch, KIND_EVENT, 0, '', ARGV[7], ARGV[8], false)
 table.insert(recent, 1, ARGV[6] .. ':' .. int(offset))
-redis.call('HSET', CHANNEL, 'notices', table.concat(recent, ' '))
+call('HSET', CHANNEL, 'notices', table.concat(recent, ' '))
 channel.needs_touch = true
 commit(channel, batch)
 return {channel.epoch, int(offset)}

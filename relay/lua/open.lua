@@ -12,7 +12,7 @@
 local run_id, fence = ARGV[6], ARGV[13]
 
 local channel = open_channel()
-local known = redis.call('HMGET', RUN, 'status', 'fence', 'created_ms')
+local known = call('HMGET', RUN, 'status', 'fence', 'created_ms')
 if known[1] then
   if known[2] == fence and not is_ended(known[1]) then
     return {'opened', '1', known[3], channel.epoch}
@@ -26,15 +26,15 @@ end
 local lane = 'p:' .. run_id
 local batch = new_batch()
 local offset = append(channel, batch, KIND_EVENT, 1, run_id, ARGV[10], ARGV[11], false)
-redis.call('HSET', RUN, 'run_id', run_id, 'agent', ARGV[7], 'thread', ARGV[8], 'lane', lane,
+call('HSET', RUN, 'run_id', run_id, 'agent', ARGV[7], 'thread', ARGV[8], 'lane', lane,
   'status', 'running', 'attempt', '1', 'fence', fence, 'worker', ARGV[14], 'seq', '1',
   'lease_until_ms', int(NOW + tonumber(ARGV[15])), 'batch', '0', 'answer', '', 'answers', '{}',
   'request', ARGV[9], 'open_tools', '{}', 'open_inputs', '{}', 'max_attempts', '1',
-  'stall_after_ms', ARGV[16], 'first_offset', int(offset), 'last_offset', int(offset),
+  'stall_after_ms', ARGV[16], 'first_offset', int(offset),
   'created_ms', int(NOW), 'claimed_ms', int(NOW), 'updated_ms', int(NOW))
-redis.call('PEXPIRE', RUN, RUN_TTL_ACTIVE_MS)
-redis.call('ZADD', RUNS, int(offset), run_id)
-redis.call('HSET', THREADS, lane, run_id)
+call('PEXPIRE', RUN, RUN_TTL_ACTIVE_MS)
+call('ZADD', RUNS, int(offset), run_id)
+call('HSET', THREADS, lane, run_id)
 channel.needs_touch = true
 commit(channel, batch)
 return {'opened', '1', int(NOW), channel.epoch}

@@ -3,30 +3,35 @@
 -- ARGV  6 run id  7 fence  8 batch number, from 1 in each attempt
 --       9 epoch of the caller's last acknowledged batch, or ''
 --       10 'force' to go on although earlier batches are gone, or ''
---       11 … the events, as _run.lua reads them
+--       11 … the events, as _run.lua reads them; the bytes of staged ones lie in
+--           upload:<fence>:<batch number>:<index of the event>
 --
 -- Gives {'ok', epoch, first offset, last offset, seq, cancel flag, next run, its agent}
 --       {'expected', batch number}  send again from there (history was rewound)
 --       {'hole', batch number}      a batch is missing although nothing was rewound
+--       {'staging'}                 the bytes of a staged event are not there: stage them again
 --       {'stale'} | {'ended', status} | {'unknown'}
--- The same batch number again gives the first answer and appends nothing, also after the end.
+-- The same batch number again gives the first answer, with the cancel flag as it is now, and
+-- appends nothing, also after the end.
 
 local run_id, fence, batch_number = ARGV[6], ARGV[7], tonumber(ARGV[8])
 
-local channel = open_channel()
-local run = redis.call('HMGET', RUN, 'status', 'fence', 'seq', 'batch', 'answer', 'cancel')
+local channel = open_channel(true)
+local run = call('HMGET', RUN, 'status', 'fence', 'seq', 'batch', 'cancel', 'attempt')
 if not run[1] then
   return {'unknown'}
 end
 if run[2] ~= fence then
   return {'stale'}
 end
-local stored_batch = tonumber(run[4] or '0')
+local stored_batch = tonumber(run[4] or 0)
 if batch_number <= stored_batch then
-  if batch_number == stored_batch and run[5] and run[5] ~= '' then
-    return cmsgpack.unpack(run[5])
+  local first = call('HMGET', RUN, 'answer', 'next_run', 'next_agent')
+  local epoch, from, to, seq = string.match(first[1] or '', '^(%S+) (%d+) (%d+) (%d+)$')
+  if batch_number == stored_batch and epoch then
+    return {'ok', epoch, from, to, seq, run[5] or '', first[2] or '', first[3] or ''}
   end
-  return {'ok', channel.epoch, '0', '0', run[3], run[6] or '', '', ''}
+  return {'ok', channel.epoch, '0', '0', run[3], run[5] or '', '', ''}
 end
 if is_ended(run[1]) then
   return {'ended', run[1]}
@@ -40,17 +45,25 @@ if batch_number > stored_batch + 1 and ARGV[10] ~= 'force' then
   end
   return {'hole', int(stored_batch + 1)}
 end
+local function staged(index)
+  return BASE .. 'upload:' .. fence .. ':' .. ARGV[8] .. ':' .. int(index)
+end
+for index = 11, #ARGV, 6 do
+  if ARGV[index] == '3' and call('STRLEN', staged((index - 11) / 6)) ~= tonumber(ARGV[index + 4]) then
+    return {'staging'}
+  end
+end
 
-local first = channel.offset + 1
+local first = int(channel.offset + 1)
 local batch = new_batch()
-local outcome = apply_events(channel, batch, run_id, load_progress(), 11, #ARGV)
-redis.call('HSET', RUN, 'batch', int(batch_number))
+local progress = {status = run[1], seq = tonumber(run[3]), attempt = run[6]}
+apply_events(channel, batch, run_id, progress, 11, #ARGV, staged)
+local last, seq = int(channel.offset), int(progress.seq)
+save_run(progress, 'batch', ARGV[8],
+  'answer', channel.epoch .. ' ' .. first .. ' ' .. last .. ' ' .. seq)
 local next_run, next_agent = '', ''
-if outcome.ended_at then
-  next_run, next_agent = end_run(run_id, outcome)
+if progress.ended_at then
+  next_run, next_agent = end_run(run_id, progress)
 end
 commit(channel, batch)
-local answer = {'ok', channel.epoch, int(first), int(channel.offset), int(outcome.seq),
-  run[6] or '', next_run, next_agent}
-redis.call('HSET', RUN, 'answer', cmsgpack.pack(answer))
-return answer
+return {'ok', channel.epoch, first, last, seq, run[5] or '', next_run, next_agent}

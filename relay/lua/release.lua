@@ -6,7 +6,7 @@
 --       {'stale'} | {'unknown'}
 
 open_channel()
-local run = redis.call('HMGET', RUN, 'status', 'fence', 'attempt', 'batch', 'cancel')
+local run = call('HMGET', RUN, 'status', 'fence', 'attempt', 'batch', 'cancel')
 if not run[1] then
   return {'unknown'}
 end
@@ -17,6 +17,6 @@ if run[4] ~= '0' or run[5] then
   return {'begun'}
 end
 local attempt = tonumber(run[3]) - 1
-redis.call('HSET', RUN, 'status', attempt == 0 and 'queued' or 'retrying',
+call('HSET', RUN, 'status', attempt == 0 and 'queued' or 'retrying',
   'attempt', int(attempt), 'fence', '', 'worker', '', 'retry_at_ms', '0', 'updated_ms', int(NOW))
 return {'ok'}

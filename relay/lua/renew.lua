@@ -6,7 +6,7 @@
 -- Gives {'ok', cancel flag, answers} | {'stale'} | {'ended', status} | {'unknown'}
 
 local channel = open_channel()
-local run = redis.call('HMGET', RUN, 'status', 'fence', 'cancel', 'answers')
+local run = call('HMGET', RUN, 'status', 'fence', 'cancel', 'answers')
 if not run[1] then
   return {'unknown'}
 end
@@ -16,8 +16,8 @@ end
 if run[2] ~= ARGV[7] or run[1] == 'retrying' then
   return {'stale'}
 end
-redis.call('HSET', RUN, 'lease_until_ms', int(NOW + tonumber(ARGV[8])))
-redis.call('PEXPIRE', RUN, RUN_TTL_ACTIVE_MS)
+call('HSET', RUN, 'lease_until_ms', int(NOW + tonumber(ARGV[8])))
+call('PEXPIRE', RUN, RUN_TTL_ACTIVE_MS)
 if channel.needs_touch then
   touch(channel)
 end

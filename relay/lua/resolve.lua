@@ -9,7 +9,7 @@
 local run_id, request_id = ARGV[6], ARGV[7]
 
 local channel = open_channel()
-local run = redis.call('HMGET', RUN, 'status', 'attempt', 'open_inputs', 'worker', 'answers')
+local run = call('HMGET', RUN, 'status', 'attempt', 'open_inputs', 'worker', 'answers')
 if not run[1] then
   return {'unknown'}
 end
@@ -24,10 +24,10 @@ if run[2] ~= ARGV[8] then
 end
 
 local batch = new_batch()
-apply_events(channel, batch, run_id, load_progress(), 10, #ARGV)
+local progress = apply_events(channel, batch, run_id, load_progress(), 10, #ARGV)
 -- The answer stays in the hash until the attempt ends: its worker may not hear the signal.
 local answers = cjson.decode(run[5] or '{}')
 answers[request_id] = ARGV[9]
-redis.call('HSET', RUN, 'answers', cjson.encode(answers))
+save_run(progress, 'answers', cjson.encode(answers))
 commit(channel, batch)
 return {'ok', run[4] or '', int(channel.offset)}

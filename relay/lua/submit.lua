@@ -14,13 +14,13 @@ local run_id, agent, thread, policy = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 local parent, parent_fence = ARGV[15], ARGV[16]
 
 local channel = open_channel()
-local known = redis.call('HGET', RUN, 'status')
+local known = call('HGET', RUN, 'status')
 if known then
   return {'duplicate', known}
 end
 local siblings = nil
 if parent ~= '' then
-  local above = redis.call('HMGET', BASE .. 'run:' .. parent, 'status', 'fence', 'cancel', 'children')
+  local above = call('HMGET', BASE .. 'run:' .. parent, 'status', 'fence', 'cancel', 'children')
   if not above[1] or is_ended(above[1]) or above[2] ~= parent_fence or above[3] then
     return {'parent_gone'}
   end
@@ -37,7 +37,7 @@ if ahead then
   end
   -- Each lane's first run is active, all behind it are queued.
   local queued = 0
-  for _, list in ipairs(redis.call('HVALS', THREADS)) do
+  for _, list in ipairs(call('HVALS', THREADS)) do
     local _, spaces = string.gsub(list, ' ', ' ')
     queued = queued + spaces
   end
@@ -50,18 +50,18 @@ end
 
 local batch = new_batch()
 local offset = append(channel, batch, KIND_EVENT, 1, run_id, ARGV[11], ARGV[12], false)
-redis.call('HSET', RUN, 'run_id', run_id, 'agent', agent, 'thread', thread, 'lane', lane,
+call('HSET', RUN, 'run_id', run_id, 'agent', agent, 'thread', thread, 'lane', lane,
   'status', 'queued', 'attempt', '0', 'fence', '', 'seq', '1', 'batch', '0', 'request', ARGV[10],
   'open_tools', '{}', 'open_inputs', '{}', 'first_offset', int(offset),
-  'last_offset', int(offset), 'created_ms', int(NOW), 'updated_ms', int(NOW))
+  'created_ms', int(NOW), 'updated_ms', int(NOW))
 if parent ~= '' then
-  redis.call('HSET', RUN, 'parent', parent)
-  redis.call('HSET', BASE .. 'run:' .. parent, 'children',
+  call('HSET', RUN, 'parent', parent)
+  call('HSET', BASE .. 'run:' .. parent, 'children',
     siblings and (siblings .. ' ' .. run_id) or run_id)
 end
-redis.call('PEXPIRE', RUN, RUN_TTL_ACTIVE_MS)
-redis.call('ZADD', RUNS, int(offset), run_id)
-redis.call('HSET', THREADS, lane, ahead and (ahead .. ' ' .. run_id) or run_id)
+call('PEXPIRE', RUN, RUN_TTL_ACTIVE_MS)
+call('ZADD', RUNS, int(offset), run_id)
+call('HSET', THREADS, lane, ahead and (ahead .. ' ' .. run_id) or run_id)
 channel.needs_touch = true
 commit(channel, batch)
 
