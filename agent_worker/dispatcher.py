@@ -27,13 +27,19 @@ from agent_worker.task_streams import EntryKey, GroupMissing, TaskEntry, TaskStr
 from relay.amending import end_broken_run, new_support_id
 from relay.cancellation import end_tasks
 from relay.codec import Task, decode_task
-from relay.errors import DecodingFailed
+from relay.errors import DecodingFailed, NewerVersion
 from relay.keys import Keys
 from relay.publisher import Publisher
 from relay.run_model import AgentInfo, Claim, NotClaimed
 from relay.runs import RunRegistry
 from relay.scripts import RedisLink, ScriptFailed
-from relay.tasks import bury
+from relay.tasks import age_ms, bury, pass_on
+
+NEWER_PATIENCE_MS = 15 * 60_000
+"""A task of a newer version goes to the dead letters when nobody has understood it for so long."""
+
+NEWER_FIRST_WAIT_S, NEWER_MOST_WAIT_S = 0.25, 5.0
+"""How long such a task is held before it goes back; the longer, the longer it has been about."""
 
 _log = structlog.get_logger(__name__)
 
@@ -188,6 +194,9 @@ class Dispatcher:
             return
         try:
             task = self._decode(entry)
+        except NewerVersion as error:
+            await self._leave_to_newer(entry, entry.fields, error)
+            return
         except DecodingFailed as error:
             await self._bury(entry, str(error))
             return
@@ -199,6 +208,31 @@ class Dispatcher:
         else:
             # Also after a refusal: whoever superseded the attempt was told by a task of its own.
             await self._settle(entry)
+
+    async def _leave_to_newer(
+        self, entry: TaskEntry, fields: Mapping[bytes, bytes], error: NewerVersion
+    ) -> None:
+        """Give the task back after a while: in a rolling upgrade newer workers are near."""
+        left_ms = age_ms(entry.entry_id, fields)
+        if left_ms >= NEWER_PATIENCE_MS:
+            reason = f"{error}; no newer worker took it for {left_ms // 60_000} minutes"
+            await self._bury(entry, reason)
+            return
+        if left_ms == 0:
+            _log.warning("task_left_to_newer_workers", agent=entry.agent, reason=str(error))
+        self._metrics.tasks_skipped.labels("newer_version").inc()
+        self._lend(1)
+        try:
+            await asyncio.sleep(min(max(left_ms / 4_000, NEWER_FIRST_WAIT_S), NEWER_MOST_WAIT_S))
+        finally:
+            self._lend(-1)
+
+        async def pass_task_on() -> None:
+            # Redis serves who has waited longest. Waiting anew, this worker comes after the others.
+            await self._streams.wake()
+            await pass_on(self._link, self._keys, entry.agent, entry.entry_id, fields)
+
+        await until_redis_answers(pass_task_on, "pass_on", self._metrics)
 
     async def _end_broken(self, task: Task) -> None:
         """End a run whose task was buried: left queued, it would be dispatched again for ever."""

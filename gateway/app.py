@@ -344,6 +344,11 @@ class Gateway:
             "Pages of history read for connections that were behind.",
             lambda: self.hub.catch_ups,
         )
+        self.metrics.observe_count(
+            "relay_live_messages_not_understood",
+            "Live messages of an unknown form; what they said was read from history.",
+            lambda: self.hub.not_understood,
+        )
 
     # --- Requests ---
 

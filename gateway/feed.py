@@ -50,6 +50,8 @@ READS_PER_PIPELINE = 64
 PIPELINES = 4
 _RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 1.0
 
+COMPLAIN_EVERY_S = 10.0
+
 log = structlog.stdlib.get_logger(__name__)
 
 
@@ -134,6 +136,8 @@ class FeedHub:
             on_confirmed=self._confirm,
         )
         self.catch_ups = 0
+        self.not_understood = 0
+        self._complain_at_s = 0.0
         self._link = link
         self._keys = keys
         self._ring_bytes = ring_bytes
@@ -226,11 +230,24 @@ class FeedHub:
             batch = decode_live(payload)
         except DecodingFailed as error:
             # Nobody may miss what it stood for: history has it in a form that we understand.
-            log.error("live message not understood", channel=channel, error=str(error))
+            self._complain(channel, error)
             user_feed.feed.sync()
         else:
             user_feed.feed.receive_live(batch)
         self.perform(user_feed)
+
+    def _complain(self, channel: str, error: DecodingFailed) -> None:
+        # While a newer writer is about, every message of every user would be a line.
+        self.not_understood += 1
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._complain_at_s:
+            self._complain_at_s = now_s + COMPLAIN_EVERY_S
+            log.error(
+                "live message not understood: history is read instead",
+                channel=channel,
+                error=str(error),
+                so_far=self.not_understood,
+            )
 
     def _lose(self) -> None:
         self._begin_outage("the subscription connection to Redis is down")

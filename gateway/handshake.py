@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from gateway.auth import SUBPROTOCOL, find_credential
+from gateway.auth import BEARER_SUBPROTOCOL, SUBPROTOCOL, find_credential
 from gateway.feed import parse_since
 from gateway.http.problems import problem
 from gateway.protocol import Connection, ConnectionServices
@@ -84,6 +84,7 @@ async def admit(
         RequestRefused, TokenRejected, RedisUnavailable: It may not, or not now.
     """
     check_open()
+    check_subprotocols(websocket.scope["subprotocols"])
     authenticator = services.authenticator
     authenticator.check_origin(websocket.headers)
     credential = find_credential(
@@ -99,6 +100,21 @@ async def admit(
     # The client gets this list; and a gateway that cannot read it has no Redis to serve from.
     agents = await services.commands.agents()
     return Admission(identity, since, client_id, agents)
+
+
+def check_subprotocols(offered: Sequence[str]) -> None:
+    """Refuse a client that speaks something else: it would not understand our frames.
+
+    Raises:
+        RequestRefused: ``invalid_frame``.
+    """
+    spoken = [name for name in offered if not name.startswith(BEARER_SUBPROTOCOL)]
+    if spoken and SUBPROTOCOL not in spoken:
+        raise RequestRefused(
+            "invalid_frame",
+            f"None of the subprotocols offered is spoken here: {', '.join(spoken)[:200]}.",
+            suggestions=(f"Offer {SUBPROTOCOL}, alone or beside others.",),
+        )
 
 
 def read_query(query: Mapping[str, str]) -> tuple[Since, str | None]:

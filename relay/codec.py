@@ -6,19 +6,24 @@ are msgpack: they are read by our own processes only, and keep event bytes untou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgpack
 import orjson
 
 from relay.encoding import encode_json
-from relay.errors import DecodingFailed
+from relay.errors import DecodingFailed, NewerVersion
 from relay.events import EventType, format_timestamp
 
 WIRE_VERSION = 1
-"""First element of every live message and task; a reader refuses only newer major forms."""
+"""Version of live messages and tasks (ADR 0009).
+
+It counts forms that an older reader would misunderstand. What is only added (an element at the end,
+another field) leaves it as it is.
+"""
 
 
 class Position(NamedTuple):
@@ -221,17 +226,31 @@ def decode_live(payload: bytes) -> LiveBatch:
 
 
 class Task(NamedTuple):
-    """A hint to a worker that a run waits. The run hash is the truth."""
+    """A hint to a worker that a run waits. The run hash is the truth.
+
+    Attributes:
+        more: Fields of a newer writer; they are kept when the task is passed on.
+    """
 
     user_id: str
     run_id: str
     agent: str
+    more: Mapping[str, Any] = MappingProxyType({})
+
+
+_TASK_FIELDS = frozenset({"v", "user_id", "run_id", "agent"})
 
 
 def encode_task(task: Task) -> bytes:
     """Give a task's bytes for the task stream."""
     packed: bytes = msgpack.packb(
-        {"v": WIRE_VERSION, "user_id": task.user_id, "run_id": task.run_id, "agent": task.agent}
+        {
+            **task.more,
+            "v": WIRE_VERSION,
+            "user_id": task.user_id,
+            "run_id": task.run_id,
+            "agent": task.agent,
+        }
     )
     return packed
 
@@ -240,15 +259,20 @@ def decode_task(payload: bytes) -> Task:
     """Read a task.
 
     Raises:
+        NewerVersion: It is for newer workers.
         DecodingFailed: The bytes are not a task of a version that we know.
     """
     try:
         fields = msgpack.unpackb(payload)
-        if fields["v"] != WIRE_VERSION:
-            raise DecodingFailed(f"task of version {fields['v']!r}, expected {WIRE_VERSION}")
-        task = Task(fields["user_id"], fields["run_id"], fields["agent"])
+        version = fields["v"]
+        if version != WIRE_VERSION:
+            is_newer = type(version) is int and version > WIRE_VERSION
+            failure = NewerVersion if is_newer else DecodingFailed
+            raise failure(f"task of version {version!r}, expected {WIRE_VERSION}")
+        more = {name: value for name, value in fields.items() if name not in _TASK_FIELDS}
+        task = Task(fields["user_id"], fields["run_id"], fields["agent"], more)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DecodingFailed(f"not a task: {type(error).__name__}: {error}") from error
-    if not all(isinstance(part, str) and part for part in task):
+    if not all(isinstance(part, str) and part for part in task[:3]):
         raise DecodingFailed("not a task: user_id, run_id and agent must be non-empty text")
     return task

@@ -377,6 +377,10 @@ class DecodingFailed(RelayError):
     """Bytes read from Redis or a peer that do not have the agreed form."""
 
 
+class NewerVersion(DecodingFailed):
+    """Bytes of a newer version than this process knows: a newer peer understands them."""
+
+
 class PublishRefused(RelayError):
     """Redis refused a batch; nothing of it was appended."""
 

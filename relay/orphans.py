@@ -8,10 +8,10 @@ from typing import Any
 import structlog
 
 from relay.codec import decode_task, text_of
-from relay.errors import DecodingFailed
+from relay.errors import DecodingFailed, NewerVersion
 from relay.keys import Keys
 from relay.scripts import RedisLink, ScriptFailed, mapped_errors
-from relay.tasks import GROUP, TASK_FIELD, bury, dispatch
+from relay.tasks import GROUP, TASK_FIELD, bury, dispatch, pass_on
 
 SWEEP_COUNT = 100
 
@@ -68,13 +68,15 @@ async def _give_back(link: RedisLink, keys: Keys, agent: str, consumer: str) -> 
             stream, GROUP, min="-", max="+", count=SWEEP_COUNT, consumername=consumer
         )
     for item in pending:
-        entry_id = item["message_id"]
+        entry_id: Any = item["message_id"]
         with mapped_errors(link.url):
             entries: Any = await link.client.xrange(stream, min=entry_id, max=entry_id)
         if entries:
             payload = entries[0][1].get(TASK_FIELD.encode(), b"")
             try:
                 await dispatch(link, keys, decode_task(payload))
+            except NewerVersion:
+                await pass_on(link, keys, agent, entry_id, entries[0][1])
             except DecodingFailed as error:
                 await bury(link, keys, agent, payload, str(error))
         with mapped_errors(link.url):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from relay.codec import Task, encode_task
@@ -11,6 +12,9 @@ from relay.scripts import RedisLink, ScriptFailed, mapped_errors
 
 GROUP = "workers"
 TASK_FIELD = "task"
+FIRST_FIELD = "first"
+"""Id of the entry in which a task came first, once it was left for newer workers."""
+
 MAX_DEAD_LETTERS = 10_000
 
 
@@ -25,6 +29,40 @@ async def dispatch(link: RedisLink, keys: Keys, task: Task) -> None:
     """
     with mapped_errors(link.url):
         await link.client.xadd(keys.tasks(task.agent), {TASK_FIELD: encode_task(task)})
+
+
+async def pass_on(
+    link: RedisLink,
+    keys: Keys,
+    agent: str,
+    entry_id: bytes,
+    fields: Mapping[bytes, bytes],
+) -> None:
+    """Put a task of a newer version back into its stream, as it is, for a newer worker to take.
+
+    Doing it twice is harmless, as for ``dispatch``.
+
+    Raises:
+        RedisUnavailable: Whether it was done is unknown.
+    """
+    stream = keys.tasks(agent)
+    first = fields.get(FIRST_FIELD.encode(), entry_id)
+    with mapped_errors(link.url):
+        async with link.client.pipeline(transaction=True) as pipe:
+            pipe.xadd(stream, {**fields, FIRST_FIELD.encode(): first})  # type: ignore[dict-item]
+            pipe.xack(stream, GROUP, entry_id)
+            pipe.xdel(stream, entry_id)
+            await pipe.execute()
+
+
+def age_ms(entry_id: bytes, fields: Mapping[bytes, bytes]) -> int:
+    """Give for how long a task has been left for newer workers, by the clock of Redis."""
+    first = fields.get(FIRST_FIELD.encode(), entry_id)
+    try:
+        return max(0, _entry_order(entry_id)[0] - _entry_order(first)[0])
+    except ValueError:
+        # Not an id: whoever wrote it does not say since when.
+        return 0
 
 
 async def has_waiting_tasks(link: RedisLink, keys: Keys, agent: str) -> bool:
@@ -46,7 +84,7 @@ async def has_waiting_tasks(link: RedisLink, keys: Keys, agent: str) -> bool:
 
 def _entry_order(entry_id: bytes) -> tuple[int, int]:
     time_ms, _, count = entry_id.partition(b"-")
-    return int(time_ms), int(count)
+    return int(time_ms), int(count or 0)
 
 
 async def bury(
