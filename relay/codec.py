@@ -19,7 +19,7 @@ from relay.errors import DecodingFailed, NewerVersion
 from relay.events import EventType, format_timestamp
 
 WIRE_VERSION = 1
-"""Version of live messages and tasks (ADR 0009).
+"""Version of live messages and tasks (ADR 0010).
 
 It counts forms that an older reader would misunderstand. What is only added (an element at the end,
 another field) leaves it as it is.
