@@ -65,7 +65,7 @@ class SignalListener:
             RedisUnavailable: It did not, or cannot be reached.
             RedisMisconfigured: It refuses us.
         """
-        self._subscriber.subscribe(self._channel)
+        self._subscriber.subscribe(self._channel.encode())
         await self._subscriber.start()
         try:
             async with asyncio.timeout(self._link.timeout_s):
@@ -79,12 +79,12 @@ class SignalListener:
         """Stop listening."""
         await self._subscriber.aclose()
 
-    def _receive(self, channel: str, payload: bytes) -> None:
+    def _receive(self, channel: bytes, payload: bytes) -> None:
         try:
             fields = orjson.loads(payload)
             kind, run_id = fields["kind"], fields["run_id"]
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-            _log.warning("signal_not_readable", channel=channel, reason=repr(error))
+            _log.warning("signal_not_readable", channel=channel.decode(), reason=repr(error))
             return
         if kind == "cancel" and isinstance(run_id, str):
             self._on_cancel(run_id, cancel_asked(fields))
@@ -99,5 +99,5 @@ class SignalListener:
         self._last_error = "Redis closed the connection on which signals arrive, or fell silent."
         _log.warning("signals_lost")
 
-    def _confirm(self, _channel: str) -> None:
+    def _confirm(self, _channel: bytes) -> None:
         self._has_begun.set()

@@ -9,24 +9,29 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 import structlog
 
 from relay.cancellation import end_tasks
 from relay.codec import decode_live, parse_position
 from relay.errors import DecodingFailed, RedisMisconfigured, RedisUnavailable
-from relay.history import page_from, read_body, read_call
+from relay.history import fetch_call, page_from, read_call
 from relay.keys import Keys
 from relay.recovery import (
     Advance,
+    Broken,
     Cursor,
     CursorState,
     Feed,
     FeedState,
     FetchBody,
     Read,
+    Request,
+    RequestQueue,
     Rotate,
+    SharedRequest,
     Since,
     Sink,
 )
@@ -37,8 +42,8 @@ AUDIT_ROUND_S = 4.0
 """Each channel's position is compared with Redis this often: pub/sub may swallow a last message."""
 
 AUDIT_STEPS = 16
-AUDIT_PATIENCE_S = 0.2
-"""A message may be on its way: only what is still missing after this counts as lost."""
+AUDIT_CHUNK = 100
+"""Channels compared in one pipeline: packing thousands would hold the loop up."""
 
 LINGER_S = 10.0
 """A feed outlives its last connection by this, so that a reload finds it warm."""
@@ -47,6 +52,9 @@ ANNOUNCE_AFTER_S = 1.0
 """Shorter outages are repaired without a word to the clients."""
 
 READS_PER_PIPELINE = 64
+TURN_S = 0.002
+"""Answers are used for this long before the loop turns to others."""
+
 PIPELINES = 4
 _RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 1.0
 
@@ -60,6 +68,9 @@ class ClientSink(Sink, Protocol):
 
     def degraded(self, reason: str | None) -> None:
         """Tell the client that events may be late, or with None that this is over."""
+
+    def fail(self) -> None:
+        """Close the connection, which could not be written to; the client may resume."""
 
 
 def parse_since(text: str) -> Since:
@@ -78,12 +89,27 @@ def parse_since(text: str) -> Since:
                 raise DecodingFailed(f"since is active, now, 0 or a position: {error}") from error
 
 
+class UserFeed(Feed):
+    """A feed with what the shell knows about it."""
+
+    __slots__ = ("channel", "linger_until_s", "user_id")
+
+    def __init__(self, user_id: str, channel: bytes, *, ring_bytes: int) -> None:
+        super().__init__(ring_bytes=ring_bytes)
+        self.user_id = user_id
+        self.channel = channel
+        # Set while it has no connection.
+        self.linger_until_s: float | None = None
+
+
 class Attachment:
     """A connection's place in its user's feed. Made by ``FeedHub.attach``."""
 
-    def __init__(self, hub: FeedHub, user_feed: _UserFeed, cursor: Cursor) -> None:
+    __slots__ = ("_cursor", "_feed", "_hub")
+
+    def __init__(self, hub: FeedHub, feed: UserFeed, cursor: Cursor) -> None:
         self._hub = hub
-        self._user_feed = user_feed
+        self._feed = feed
         self._cursor = cursor
 
     @property
@@ -94,29 +120,18 @@ class Attachment:
     @property
     def epoch(self) -> str:
         """The epoch that the offsets written now count in."""
-        return self._user_feed.feed.epoch or ""
+        return self._feed.epoch or ""
 
     def writable(self) -> None:
         """The outbox has room again, or is empty: go on where the cursor had to stop."""
         if self._cursor.state is not CursorState.LIVE:
-            self._cursor.advance()
-            self._hub.perform(self._user_feed)
+            self._feed.let_advance(self._cursor)
+            self._hub.perform(self._feed)
 
     def close(self) -> None:
         """The connection is gone."""
         self._cursor.close()
-        self._hub.release(self._user_feed)
-
-
-class _UserFeed:
-    """A feed with what the shell knows about it."""
-
-    def __init__(self, user_id: str, channel: str, feed: Feed) -> None:
-        self.user_id = user_id
-        self.channel = channel
-        self.feed = feed
-        self.sinks: dict[Cursor, ClientSink] = {}
-        self.linger: asyncio.TimerHandle | None = None
+        self._hub.release(self._feed)
 
 
 class FeedHub:
@@ -141,9 +156,11 @@ class FeedHub:
         self._link = link
         self._keys = keys
         self._ring_bytes = ring_bytes
-        self._feeds: dict[str, _UserFeed] = {}
-        self._listeners: dict[str, Callable[[bytes], None]] = {}
-        self._effects: deque[tuple[_UserFeed, Read | Rotate | FetchBody]] = deque()
+        self._feeds: dict[bytes, UserFeed] = {}
+        self._listeners: dict[bytes, Callable[[bytes], None]] = {}
+        self._requests: RequestQueue[UserFeed] = RequestQueue()
+        # Feeds without a connection, by when they go: the wait is the same for all.
+        self._lingering: deque[tuple[float, UserFeed]] = deque()
         self._wake = asyncio.Event()
         self._pipelines = asyncio.Semaphore(PIPELINES)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -176,52 +193,49 @@ class FeedHub:
         await end_tasks(self._tasks)
         for timer in tuple(self._timers):
             timer.cancel()
-        for user_feed in self._feeds.values():
-            if user_feed.linger is not None:
-                user_feed.linger.cancel()
         self._feeds.clear()
+        self._lingering.clear()
         await self.subscriber.aclose()
 
     def listen(self, channel: str, callback: Callable[[bytes], None]) -> None:
         """Also receive the messages of another channel, such as the node's own."""
-        self._listeners[channel] = callback
-        self.subscriber.subscribe(channel)
+        name = channel.encode()
+        self._listeners[name] = callback
+        self.subscriber.subscribe(name)
 
     def attach(self, user_id: str, since: Since, sink: ClientSink) -> Attachment:
         """Give a connection its place; ``sink.established`` follows when it has one."""
-        channel = self._keys.user(user_id).live
-        user_feed = self._feeds.get(channel)
-        if user_feed is None:
-            user_feed = _UserFeed(user_id, channel, Feed(ring_bytes=self._ring_bytes))
-            self._feeds[channel] = user_feed
+        channel = self._keys.user(user_id).live.encode()
+        feed = self._feeds.get(channel)
+        if feed is None:
+            feed = UserFeed(user_id, channel, ring_bytes=self._ring_bytes)
+            self._feeds[channel] = feed
             self.subscriber.subscribe(channel)
-        if user_feed.linger is not None:
-            user_feed.linger.cancel()
-            user_feed.linger = None
-        cursor = user_feed.feed.attach(sink, since)
-        user_feed.sinks[cursor] = sink
-        self.perform(user_feed)
+        feed.linger_until_s = None
+        cursor = feed.attach(sink, since)
+        self.perform(feed)
         if self._is_announced:
             sink.degraded(self._outage)
-        return Attachment(self, user_feed, cursor)
+        return Attachment(self, feed, cursor)
 
-    def release(self, user_feed: _UserFeed) -> None:
-        """Let go of closed cursors; the feed stays for a while after its last one."""
-        for cursor in tuple(user_feed.sinks):
-            if cursor not in user_feed.feed.cursors:
-                del user_feed.sinks[cursor]
-        if not user_feed.sinks and user_feed.linger is None:
-            loop = asyncio.get_running_loop()
-            user_feed.linger = loop.call_later(LINGER_S, self._forget, user_feed)
+    def release(self, feed: UserFeed) -> None:
+        """Let a feed stay for a while after its last connection."""
+        if not feed.cursors and feed.linger_until_s is None:
+            due_s = asyncio.get_running_loop().time() + LINGER_S
+            feed.linger_until_s = due_s
+            self._lingering.append((due_s, feed))
 
-    def _forget(self, user_feed: _UserFeed) -> None:
-        if not user_feed.sinks and self._feeds.get(user_feed.channel) is user_feed:
-            del self._feeds[user_feed.channel]
-            self.subscriber.unsubscribe(user_feed.channel)
+    def _forget(self, now_s: float) -> None:
+        """Let go of the feeds that nobody came back to."""
+        while self._lingering and self._lingering[0][0] <= now_s:
+            due_s, feed = self._lingering.popleft()
+            if feed.linger_until_s == due_s:
+                del self._feeds[feed.channel]
+                self.subscriber.unsubscribe(feed.channel)
 
-    def _receive(self, channel: str, payload: bytes) -> None:
-        user_feed = self._feeds.get(channel)
-        if user_feed is None:
+    def _receive(self, channel: bytes, payload: bytes) -> None:
+        feed = self._feeds.get(channel)
+        if feed is None:
             listener = self._listeners.get(channel)
             if listener is not None:
                 listener(payload)
@@ -231,12 +245,13 @@ class FeedHub:
         except DecodingFailed as error:
             # Nobody may miss what it stood for: history has it in a form that we understand.
             self._complain(channel, error)
-            user_feed.feed.sync()
+            feed.sync()
         else:
-            user_feed.feed.receive_live(batch)
-        self.perform(user_feed)
+            feed.receive_live(batch)
+        if feed.effects:
+            self.perform(feed)
 
-    def _complain(self, channel: str, error: DecodingFailed) -> None:
+    def _complain(self, channel: bytes, error: DecodingFailed) -> None:
         # While a newer writer is about, every message of every user would be a line.
         self.not_understood += 1
         now_s = asyncio.get_running_loop().time()
@@ -244,35 +259,43 @@ class FeedHub:
             self._complain_at_s = now_s + COMPLAIN_EVERY_S
             log.error(
                 "live message not understood: history is read instead",
-                channel=channel,
+                channel=channel.decode(),
                 error=str(error),
                 so_far=self.not_understood,
             )
 
     def _lose(self) -> None:
         self._begin_outage("the subscription connection to Redis is down")
-        for user_feed in self._feeds.values():
-            user_feed.feed.lose()
+        for feed in self._feeds.values():
+            feed.lose()
 
-    def _confirm(self, channel: str) -> None:
-        user_feed = self._feeds.get(channel)
-        if user_feed is not None:
-            user_feed.feed.confirm()
-            self.perform(user_feed)
+    def _confirm(self, channel: bytes) -> None:
+        feed = self._feeds.get(channel)
+        if feed is not None:
+            feed.confirm()
+            self.perform(feed)
         elif channel in self._listeners and not self._feeds:
             self._end_outage()
 
-    def perform(self, user_feed: _UserFeed) -> None:
+    def perform(self, feed: UserFeed) -> None:
         """Queue what the machine asked for."""
-        effects = user_feed.feed.effects
+        effects = feed.effects
         while effects:
             batch, effects[:] = list(effects), []
             for effect in batch:
                 if isinstance(effect, Advance):
-                    effect.cursor.advance()
+                    feed.let_advance(cast("Cursor", effect.cursor))
+                elif isinstance(effect, Broken):
+                    self._send_away(feed, effect)
                 else:
-                    self._effects.append((user_feed, effect))
+                    self._requests.add(feed, effect)
                     self._wake.set()
+
+    def _send_away(self, feed: UserFeed, broken: Broken) -> None:
+        # Whoever cannot be written to must not believe to be up to date.
+        log.error("connection failed", user_id=feed.user_id, exc_info=broken.error)
+        self.release(feed)
+        cast("ClientSink", broken.sink).fail()
 
     async def _work(self) -> None:
         while True:
@@ -280,67 +303,77 @@ class FeedHub:
             # One turn of the loop gathers what a reconnect of all feeds asks for.
             await asyncio.sleep(0)
             self._wake.clear()
-            while self._effects:
+            while self._requests:
                 await self._pipelines.acquire()
-                count = min(len(self._effects), READS_PER_PIPELINE)
-                chunk = [self._effects.popleft() for _ in range(count)]
-                self._spawn(self._carry_out(chunk), "feed-read")
+                self._spawn(self._carry_out(self._requests.take(READS_PER_PIPELINE)), "feed-read")
 
-    async def _carry_out(
-        self, chunk: Sequence[tuple[_UserFeed, Read | Rotate | FetchBody]]
-    ) -> None:
+    async def _carry_out(self, requests: Sequence[SharedRequest[UserFeed]]) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            calls: list[ScriptCall] = []
-            called: list[tuple[_UserFeed, Read | Rotate]] = []
-            fetches: list[tuple[_UserFeed, FetchBody]] = []
-            for user_feed, effect in chunk:
-                if isinstance(effect, FetchBody):
-                    fetches.append((user_feed, effect))
-                elif isinstance(effect, Read):
-                    called.append((user_feed, effect))
-                    calls.append(read_call(self._link, self._keys, user_feed.user_id, effect))
-                else:
-                    user = self._keys.user(user_feed.user_id)
-                    called.append((user_feed, effect))
-                    calls.append(self._link.call("rotate", user, None, effect.epoch))
-            if calls:
-                replies = await self._persist(lambda: self._link.run_each(calls))
-                for (user_feed, effect), reply in zip(called, replies, strict=True):
-                    self._give(user_feed, effect, reply)
-            for user_feed, fetch in fetches:
-                await self._fetch(user_feed, fetch)
+            calls = [self._call(shared.owner, shared.first) for shared in requests]
+            replies = await self._persist(lambda: self._link.run_each(calls))
+            turn_s = loop.time()
+            for shared, reply in zip(requests, replies, strict=True):
+                self._give(shared, reply)
+                if loop.time() - turn_s > TURN_S:
+                    await asyncio.sleep(0)
+                    turn_s = loop.time()
         finally:
             self._pipelines.release()
 
-    def _give(self, user_feed: _UserFeed, effect: Read | Rotate, reply: Any) -> None:
+    def _call(self, feed: UserFeed, request: Request) -> ScriptCall:
+        if isinstance(request, Read):
+            return read_call(self._link, self._keys, feed.user_id, request)
+        if isinstance(request, FetchBody):
+            return fetch_call(self._link, self._keys, feed.user_id, request)
+        return self._link.call("rotate", self._keys.user(feed.user_id), None, request.epoch)
+
+    def _give(self, shared: SharedRequest[UserFeed], reply: Any) -> None:
         """Hand over an answer. What is wrong with one user's data holds up nobody else."""
+        feed, first = shared.owner, shared.first
         try:
             if isinstance(reply, ScriptFailed):
                 raise reply
-            if isinstance(effect, Rotate):
-                log.warning("history contradicts itself: new epoch", user_id=user_feed.user_id)
-                effect.feed.receive_rotated(effect)
-            else:
-                page = page_from(user_feed.user_id, effect, reply)
-                if isinstance(effect.requester, Cursor):
-                    self.catch_ups += 1
-                effect.requester.receive_page(effect, page)
+            answer = page_from(feed.user_id, first, reply) if isinstance(first, Read) else reply
         except (DecodingFailed, ScriptFailed) as error:
-            log.error("history not understood", user_id=user_feed.user_id, error=str(error))
-            self._later(_RETRY_MOST_S, lambda: self._try_again(user_feed, effect))
-        self.perform(user_feed)
+            log.error("history not understood", user_id=feed.user_id, error=str(error))
+            for request in shared.waiting:
+                self._later(_RETRY_MOST_S, partial(self._try_again, feed, request))
+            return
+        if isinstance(first, Rotate):
+            log.warning("history contradicts itself: new epoch", user_id=feed.user_id)
+        for request in shared.waiting:
+            self._answer(feed, request, answer)
+        self.perform(feed)
 
-    def _try_again(self, user_feed: _UserFeed, effect: Read | Rotate) -> None:
+    def _answer(self, feed: UserFeed, request: Request, answer: Any) -> None:
+        cursor = request.cursor if isinstance(request, FetchBody) else None
+        try:
+            if isinstance(request, Rotate):
+                feed.receive_rotated(request)
+            elif isinstance(request, FetchBody):
+                request.cursor.receive_body(request, answer)
+            else:
+                if isinstance(request.requester, Cursor):
+                    cursor = request.requester
+                    self.catch_ups += 1
+                request.requester.receive_page(request, answer)
+        except Exception as error:
+            if isinstance(cursor, Cursor):
+                feed.give_up(cursor, error)
+            else:
+                log.exception("feed failed", user_id=feed.user_id)
+                self._later(_RETRY_MOST_S, partial(self._begin_anew, feed))
+
+    def _begin_anew(self, feed: UserFeed) -> None:
+        feed.lose()
+        feed.confirm()
+        self.perform(feed)
+
+    def _try_again(self, feed: UserFeed, request: Request) -> None:
         """Ask once more, unless nobody waits for it by now."""
-        if effect.is_awaited and self._feeds.get(user_feed.channel) is user_feed:
-            self._effects.append((user_feed, effect))
-
-    async def _fetch(self, user_feed: _UserFeed, effect: FetchBody) -> None:
-        piece = await self._persist(
-            lambda: read_body(self._link, self._keys, user_feed.user_id, effect)
-        )
-        effect.cursor.receive_body(effect, piece)
-        self.perform(user_feed)
+        if request.is_awaited and self._feeds.get(feed.channel) is feed:
+            self._requests.add(feed, request)
 
     async def _persist(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
         """Read until Redis answers: to the machine, a read may take long, but never fails."""
@@ -358,53 +391,61 @@ class FeedHub:
                 return answer
 
     async def _audit(self) -> None:
+        loop = asyncio.get_running_loop()
         step = 0
         while True:
             await asyncio.sleep(AUDIT_ROUND_S / AUDIT_STEPS)
+            self._forget(loop.time())
             step = (step + 1) % AUDIT_STEPS
-            checked = [
-                user_feed
-                for index, user_feed in enumerate(self._feeds.values())
-                if index % AUDIT_STEPS == step and user_feed.feed.state is FeedState.LIVE
+            feeds = [
+                feed
+                for feed in list(self._feeds.values())[step::AUDIT_STEPS]
+                if feed.state is FeedState.LIVE
             ]
-            if not checked and not self.is_degraded:
+            if not feeds and not self.is_degraded:
                 continue
-            heads = [user_feed.feed.head for user_feed in checked]
-            try:
-                with mapped_errors(self._link.url):
-                    pipeline = self._link.client.pipeline(transaction=False)
-                    pipeline.ping()
-                    for user_feed in checked:
-                        key = self._keys.user(user_feed.user_id).channel
-                        pipeline.hmget(key, ["epoch", "offset"])
-                    _, *stored = await pipeline.execute(raise_on_error=False)
-            except (RedisUnavailable, RedisMisconfigured, ScriptFailed) as error:
-                self._begin_outage(str(error))
-                continue
-            if self.subscriber.is_connected:
-                self._end_outage()
-            for user_feed, head, answer in zip(checked, heads, stored, strict=True):
-                # A key of another type is one user's trouble; reading reports it.
-                epoch, offset = (None, None) if isinstance(answer, Exception) else answer
-                self._compare(user_feed, head, epoch, offset)
+            for start in range(0, max(1, len(feeds)), AUDIT_CHUNK):
+                if not await self._check(feeds[start : start + AUDIT_CHUNK]):
+                    break
 
-    def _compare(
-        self, user_feed: _UserFeed, head: int, epoch: bytes | None, offset: bytes | None
-    ) -> None:
-        """Compare what Redis answered with the head as it was when Redis was asked."""
-        feed = user_feed.feed
-        if epoch is None or offset is None or epoch.decode() != feed.epoch or int(offset) < head:
-            feed.sync()
-            self.perform(user_feed)
-        elif int(offset) > feed.head:
-            expected = int(offset)
-            self._later(AUDIT_PATIENCE_S, lambda: self._repair(user_feed, expected))
+    async def _check(self, feeds: Sequence[UserFeed]) -> bool:
+        """Compare positions with Redis; tells whether it answered."""
+        heads = [feed.head for feed in feeds]
+        try:
+            with mapped_errors(self._link.url):
+                pipeline = self._link.client.pipeline(transaction=False)
+                pipeline.ping()
+                for feed in feeds:
+                    pipeline.hmget(self._keys.user(feed.user_id).channel, ["epoch", "offset"])
+                _, *stored = await pipeline.execute(raise_on_error=False)
+        except (RedisUnavailable, RedisMisconfigured, ScriptFailed) as error:
+            self._begin_outage(str(error))
+            return False
+        if self.subscriber.is_connected:
+            self._end_outage()
+        missing: list[tuple[UserFeed, int]] = []
+        for feed, head, answer in zip(feeds, heads, stored, strict=True):
+            # A key of another type is one user's trouble; reading reports it.
+            epoch, offset = (None, None) if isinstance(answer, Exception) else answer
+            if epoch is None or offset is None or epoch.decode() != feed.epoch:
+                self._repair(feed)
+            elif int(offset) < head:
+                # Less than it had when Redis was asked.
+                self._repair(feed)
+            elif int(offset) > feed.head:
+                missing.append((feed, int(offset)))
+        # A message may be on its way, or wait for us: only what is still missing behind everything
+        # that Redis sent before counts as lost.
+        if missing and await self.subscriber.barrier():
+            for feed, expected in missing:
+                if feed.head < expected and feed.state is FeedState.LIVE:
+                    log.info("swallowed message noticed", user_id=feed.user_id, offset=expected)
+                    self._repair(feed)
+        return True
 
-    def _repair(self, user_feed: _UserFeed, expected: int) -> None:
-        if user_feed.feed.head < expected and user_feed.feed.state is FeedState.LIVE:
-            log.info("swallowed message noticed", user_id=user_feed.user_id, offset=expected)
-            user_feed.feed.sync()
-            self.perform(user_feed)
+    def _repair(self, feed: UserFeed) -> None:
+        feed.sync()
+        self.perform(feed)
 
     def _begin_outage(self, reason: str) -> None:
         if self._outage is None:
@@ -423,9 +464,9 @@ class FeedHub:
             self._tell("Redis is not reachable; events will follow when it is back.")
 
     def _tell(self, reason: str | None) -> None:
-        for user_feed in self._feeds.values():
-            for sink in tuple(user_feed.sinks.values()):
-                sink.degraded(reason)
+        for feed in self._feeds.values():
+            for cursor in feed.cursors:
+                cast("ClientSink", cursor.sink).degraded(reason)
 
     def _later(self, delay_s: float, action: Callable[[], Any]) -> None:
         def run() -> None:

@@ -410,6 +410,10 @@ class Connection:
         else:
             self._send(frames.degraded(reason, wall_ms()))
 
+    def fail(self) -> None:
+        """Close: an event could not be written, and the client must not believe to have it."""
+        self.close(CloseCode.INTERNAL, "delivery failed")
+
     def refuse(self, error: RequestRefused) -> None:
         """Send the client away, to come back later: the connection cannot be served now."""
         self._services.metrics.requests_refused[error.code] += 1

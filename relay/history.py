@@ -9,11 +9,14 @@ from relay.codec import Position, Publication, RunEnvelope
 from relay.errors import DecodingFailed
 from relay.events import EventType, Kind
 from relay.keys import Keys
-from relay.recovery import FetchBody, Page, Read, TextMark
+from relay.recovery import FetchBody, LargeText, Page, Read, TextMark
 from relay.run_model import summary_from_row
-from relay.scripts import RedisLink, ScriptCall, mapped_errors
+from relay.scripts import RedisLink, ScriptCall
 
 PAGE_BYTES = 256 * 1024
+
+_TEXT_END = b'"}}'
+"""What stands behind the text in a ``text_delta`` event."""
 
 
 def read_call(link: RedisLink, keys: Keys, user_id: str, read: Read) -> ScriptCall:
@@ -63,15 +66,27 @@ def _publication(entry: Sequence[bytes]) -> Publication:
 def _text(
     user_id: str, entry: Sequence[bytes], known: Mapping[str, TextMark]
 ) -> tuple[Publication, TextMark]:
-    last, raw_name, before, raw_text, agent, thread, updated_ms = entry
+    last, raw_name, before, raw_text, agent, thread, updated_ms, size = entry
     name, text = raw_name.decode(), raw_text.decode()
     run_id, attempt, message_id = name.split(":", 2)
-    chars_before = known[name].chars if int(before) else 0
+    start = known[name] if int(before) else TextMark(name, 0, 0)
     envelope = RunEnvelope(run_id, int(attempt), thread.decode(), user_id, agent.decode())
-    data = {"message_id": message_id, "position": chars_before, "text": text}
+    data = {"message_id": message_id, "position": start.chars, "text": text}
     event = envelope.encode(EventType.TEXT_DELTA, int(updated_ms), data)
-    mark = TextMark(name, int(before) + len(raw_text), chars_before + len(text))
-    return Publication(int(last), 0, Kind.TEXT, run_id, event), mark
+    size_bytes = int(size)
+    mark = TextMark(name, start.size_bytes + size_bytes, start.chars + len(text))
+    if len(raw_text) == size_bytes:
+        return Publication(int(last), 0, Kind.TEXT, run_id, event), mark
+    large = LargeText(
+        int(last),
+        run_id,
+        name,
+        start=start,
+        size_bytes=size_bytes,
+        opening=event[: -len(_TEXT_END)],
+        closing=_TEXT_END,
+    )
+    return large, mark
 
 
 def _previous(text: str) -> list[Position]:
@@ -82,22 +97,8 @@ def _previous(text: str) -> list[Position]:
     return positions
 
 
-async def read_body(link: RedisLink, keys: Keys, user_id: str, fetch: FetchBody) -> bytes:
-    """Read a piece of a large event's body; empty where it or its epoch is gone.
-
-    Raises:
-        RedisUnavailable: Redis did not answer.
-    """
-    user = keys.user(user_id)
-    last = fetch.start + fetch.length - 1
-    with mapped_errors(link.url):
-        # All in one step: after a rewind another event's body may have this offset, but not
-        # before the epoch has changed.
-        async with link.client.pipeline(transaction=True) as pipeline:
-            pipeline.hget(user.channel, "epoch")
-            pipeline.strlen(user.body(fetch.offset))
-            pipeline.getrange(user.body(fetch.offset), fetch.start, last)
-            epoch, size, piece = await pipeline.execute()
-    if epoch is None or epoch.decode() != fetch.epoch or size != fetch.size_bytes:
-        return b""
-    return bytes(piece)
+def fetch_call(link: RedisLink, keys: Keys, user_id: str, fetch: FetchBody) -> ScriptCall:
+    """Prepare the script call for a piece of a large event or text."""
+    name = f"text:{fetch.text}" if fetch.text else f"body:{fetch.offset}"
+    asked = (fetch.epoch, name, fetch.size_bytes, fetch.start, fetch.length)
+    return link.call("piece", keys.user(user_id), None, *asked)

@@ -44,6 +44,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "cancel": ("_channel", "_append", "_run", "_lanes", "cancel"),
     "notice": ("_channel", "_append", "notice"),
     "read": ("_channel", "read"),
+    "piece": ("_channel", "piece"),
     "rotate": ("_channel", "rotate"),
 }
 

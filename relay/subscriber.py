@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from typing import Any
+from itertools import islice
 
 import structlog
 from redis import exceptions as redis_errors
@@ -18,6 +18,7 @@ from redis.asyncio.connection import AbstractConnection
 
 from relay.cancellation import end_tasks
 from relay.errors import RedisMisconfigured, RedisUnavailable
+from relay.pubsub import PubSubConnection
 from relay.scripts import RedisLink, mapped_errors
 
 PING_EVERY_S = 1.0
@@ -25,7 +26,10 @@ SILENCE_S = 3.0
 """Without an answer for this long the connection counts as dead: a cut network sends no reset."""
 
 SUBSCRIBE_CHUNK = 512
-"""Channels in one SUBSCRIBE; thousands in one command would hold Redis up for milliseconds."""
+"""Channels in one SUBSCRIBE, and asked for in one turn of the loop.
+
+Thousands at once would hold Redis up for milliseconds, and us.
+"""
 
 _RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 2.0
 _SETTLED_S = 0.5
@@ -55,23 +59,24 @@ class Subscriber:
         self,
         link: RedisLink,
         *,
-        on_message: Callable[[str, bytes], None],
+        on_message: Callable[[bytes, bytes], None],
         on_lost: Callable[[], None],
-        on_confirmed: Callable[[str], None],
+        on_confirmed: Callable[[bytes], None],
     ) -> None:
         self._link = link
         self._on_message = on_message
         self._on_lost = on_lost
         self._on_confirmed = on_confirmed
-        self._wanted: set[str] = set()
-        self._changes: dict[str, bool] = {}
+        self._wanted: set[bytes] = set()
+        # What has to be asked for, or given up, and has not been sent yet.
+        self._changes: dict[bytes, bool] = {}
+        self._is_sending = False
         # Confirmations still to come for a channel: only the last one counts, the earlier
         # belong to subscriptions that were given up in between.
-        self._unconfirmed: dict[str, int] = {}
-        self._changed = asyncio.Event()
+        self._unconfirmed: dict[bytes, int] = {}
         self._task: asyncio.Task[None] | None = None
-        self._connection: AbstractConnection | None = None
-        self._heard_at_s = 0.0
+        self._redis: AbstractConnection | None = None
+        self._connection: PubSubConnection | None = None
         self.is_connected = False
 
     async def start(self) -> None:
@@ -90,41 +95,54 @@ class Subscriber:
             self._task = None
         await self._disconnect()
 
-    def subscribe(self, channel: str) -> None:
+    def subscribe(self, channel: bytes) -> None:
         """Ask for a channel; ``on_confirmed`` follows, also after every reconnect.
 
         Asking again for a channel confirms it again.
         """
         self._wanted.add(channel)
-        self._changes[channel] = True
-        self._changed.set()
+        self._change(channel, is_wanted=True)
 
-    def unsubscribe(self, channel: str) -> None:
+    def unsubscribe(self, channel: bytes) -> None:
         """Give up a channel. Messages already on their way may still come."""
         self._wanted.discard(channel)
-        self._changes[channel] = False
-        self._changed.set()
+        self._change(channel, is_wanted=False)
+
+    async def barrier(self) -> bool:
+        """Wait until everything published before this call has been given to ``on_message``.
+
+        Redis sends the answer to a ping behind the messages that it had for us by then. So a
+        message that has not come although this returned is lost, however slow we are.
+
+        Returns:
+            Whether that is so; False where the connection was lost first.
+        """
+        return self._connection is not None and await self._connection.barrier()
 
     async def _connect(self) -> None:
         with mapped_errors(self._link.url):
-            connection: AbstractConnection = self._link.pool.make_connection()  # type: ignore[no-untyped-call]
+            redis: AbstractConnection = self._link.pool.make_connection()  # type: ignore[no-untyped-call]
             try:
-                await connection.connect()  # type: ignore[no-untyped-call]
+                await redis.connect()  # type: ignore[no-untyped-call]
             except BaseException:
-                await connection.disconnect(nowait=True)
+                await redis.disconnect(nowait=True)
                 raise
-        self._connection = connection
-        self._changes = dict.fromkeys(self._wanted, True)
+        connection = PubSubConnection(self._on_message, self._confirm)
+        connection.take_over(redis)
+        self._redis, self._connection = redis, connection
         self._unconfirmed = {}
-        self._changed.set()
-        self._heard_at_s = asyncio.get_running_loop().time()
+        self._changes = dict.fromkeys(self._wanted, True)
         self.is_connected = True
+        self._send_soon()
 
     async def _disconnect(self) -> None:
         self.is_connected = False
         connection, self._connection = self._connection, None
+        redis, self._redis = self._redis, None
         if connection is not None:
-            await connection.disconnect(nowait=True)
+            connection.end(redis_errors.ConnectionError("closed by us"))
+        if redis is not None:
+            await redis.disconnect(nowait=True)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -150,66 +168,53 @@ class Subscriber:
                 await asyncio.sleep(retry_s * random.uniform(0.5, 1.0))  # noqa: S311
                 retry_s = min(retry_s * 2, _RETRY_MOST_S)
 
-    async def _serve(self, connection: AbstractConnection) -> BaseException:
-        """Use a connection until it breaks; gives the reason."""
-        tasks = [
-            asyncio.create_task(self._read(connection), name="subscriber-read"),
-            asyncio.create_task(self._write(connection), name="subscriber-write"),
-            asyncio.create_task(self._watch(connection), name="subscriber-watch"),
-        ]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            await end_tasks(tasks)
-        error = next(iter(done)).exception()
-        if error is None or not isinstance(
-            error, redis_errors.RedisError | OSError | asyncio.TimeoutError
-        ):
-            raise error or RuntimeError("a subscriber task ended")
-        return error
-
-    async def _read(self, connection: AbstractConnection) -> None:
+    async def _serve(self, connection: PubSubConnection) -> BaseException:
+        """Watch over a connection until it breaks; gives the reason."""
         loop = asyncio.get_running_loop()
         while True:
-            response = await connection.read_response(timeout=float("inf"))
-            self._heard_at_s = loop.time()
-            self._receive(response)
+            done, _ = await asyncio.wait([connection.lost], timeout=PING_EVERY_S)
+            if done:
+                return connection.lost.result()
+            if loop.time() - connection.heard_at_s > SILENCE_S:
+                return redis_errors.TimeoutError(f"no answer for {SILENCE_S:g} s")
+            connection.ping()
 
-    def _receive(self, response: Any) -> None:
-        match response:
-            case [b"message", channel, payload]:
-                self._on_message(channel.decode(), payload)
-            case [b"subscribe", channel, _]:
-                name = channel.decode()
-                left = self._unconfirmed.get(name, 1) - 1
-                if left:
-                    self._unconfirmed[name] = left
-                    return
-                self._unconfirmed.pop(name, None)
-                # A change that has not been sent yet means that this answers an earlier one.
-                if name in self._wanted and name not in self._changes:
-                    self._on_confirmed(name)
+    def _change(self, channel: bytes, *, is_wanted: bool) -> None:
+        self._changes[channel] = is_wanted
+        if self.is_connected:
+            self._send_soon()
 
-    async def _write(self, connection: AbstractConnection) -> None:
-        while True:
-            await self._changed.wait()
-            # One turn of the loop gathers what a burst of new connections asks for.
-            await asyncio.sleep(0)
-            self._changed.clear()
-            changes, self._changes = self._changes, {}
-            for command, is_wanted in ((b"SUBSCRIBE", True), (b"UNSUBSCRIBE", False)):
-                names = [name for name, wanted in changes.items() if wanted is is_wanted]
-                if is_wanted:
-                    for name in names:
-                        self._unconfirmed[name] = self._unconfirmed.get(name, 0) + 1
-                for start in range(0, len(names), SUBSCRIBE_CHUNK):
-                    chunk = names[start : start + SUBSCRIBE_CHUNK]
-                    await connection.send_command(command, *chunk, check_health=False)
+    def _send_soon(self) -> None:
+        # One turn of the loop gathers what a burst of new connections asks for.
+        if not self._is_sending and self._changes:
+            self._is_sending = True
+            asyncio.get_running_loop().call_soon(self._send)
 
-    async def _watch(self, connection: AbstractConnection) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(PING_EVERY_S)
-            if loop.time() - self._heard_at_s > SILENCE_S:
-                raise redis_errors.TimeoutError(f"no answer for {SILENCE_S:g} s")
-            await connection.send_command(b"PING", check_health=False)
+    def _send(self) -> None:
+        self._is_sending = False
+        connection = self._connection
+        if connection is None:
+            return  # Whatever is wanted is asked for anew on the next one.
+        changes = {name: self._changes.pop(name) for name in _first(self._changes)}
+        wanted = [name for name, is_wanted in changes.items() if is_wanted]
+        for name in wanted:
+            self._unconfirmed[name] = self._unconfirmed.get(name, 0) + 1
+        if wanted:
+            connection.send(b"SUBSCRIBE", wanted)
+        if len(wanted) < len(changes):
+            connection.send(b"UNSUBSCRIBE", changes.keys() - set(wanted))
+        self._send_soon()
+
+    def _confirm(self, channel: bytes) -> None:
+        left = self._unconfirmed.get(channel, 1) - 1
+        if left:
+            self._unconfirmed[channel] = left
+            return
+        self._unconfirmed.pop(channel, None)
+        # A change that has not been sent yet means that this answers an earlier one.
+        if channel in self._wanted and channel not in self._changes:
+            self._on_confirmed(channel)
+
+
+def _first(changes: dict[bytes, bool]) -> list[bytes]:
+    return list(islice(changes, SUBSCRIBE_CHUNK))

@@ -8,7 +8,8 @@
 -- Gives {epoch, offset, floor, previous epochs, covered, log entries, texts, runs}
 --   entry {offset, seq, run id, event bytes or '', size, digest or ''}; bytes '' and size > 0: in
 --     the body key; size 0: the body is lost
---   text  {last offset, name, bytes before, rest of the text, agent, thread, updated_ms}
+--   text  {last offset, name, bytes before, rest of the text, agent, thread, updated_ms, size};
+--     rest '' and size > 0: it is large, and read piece by piece
 --   run   {run id, then the fields of RUN_FIELDS}
 --
 -- The page covers (after, covered]. A text stands at its last offset; on the page that reaches
@@ -20,6 +21,8 @@ local after, max_bytes = tonumber(ARGV[6]), tonumber(ARGV[7])
 local PAGE_ENTRIES = 256
 -- A text becomes an event with an envelope; many short ones must not burst the page.
 local TEXT_ENVELOPE_BYTES = 384
+-- More of a text is not read along: it goes to the client in parts.
+local LARGE_TEXT_BYTES = 262144
 
 local channel = open_channel()
 if channel.needs_touch then
@@ -56,14 +59,19 @@ local function read_text(name, last)
     return nil
   end
   local before = known[name] or 0
-  local text = redis.call('GETRANGE', BASE .. 'text:' .. name, before, -1)
-  if text == '' then
-    if redis.call('EXISTS', BASE .. 'text:' .. name) == 0 then
-      redis.call('ZREM', TEXTS, name)
-    end
+  local size = redis.call('STRLEN', BASE .. 'text:' .. name)
+  if size == 0 then
+    redis.call('ZREM', TEXTS, name)
+  end
+  if size <= before then
     return nil
   end
-  return {last, name, int(before), text, run[1], run[2], run[3]}
+  size = size - before
+  local text = ''
+  if size <= LARGE_TEXT_BYTES then
+    text = redis.call('GETRANGE', BASE .. 'text:' .. name, before, -1)
+  end
+  return {last, name, int(before), text, run[1], run[2], run[3], int(size)}
 end
 
 -- What lies above the offset was left by a script that failed; nobody was told of it.

@@ -17,7 +17,7 @@ from gateway.feed import Attachment, FeedHub
 from relay.codec import Position
 from relay.events import EventType
 from relay.keys import BODY_THRESHOLD_BYTES, Keys
-from relay.recovery import PART_THRESHOLD_BYTES
+from relay.recovery import PART_THRESHOLD_BYTES, FeedState
 from relay.scripts import RedisLink
 from relay.testing import SequenceChecker
 from tests.conftest import OwnRedis
@@ -59,6 +59,9 @@ class Tab:
 
     def degraded(self, reason: str | None) -> None:
         self.degradations.append(reason)
+
+    def fail(self) -> None:
+        self._add(type="closed")
 
     def _add(self, **frame: Any) -> None:
         self.frames.append(frame)
@@ -157,11 +160,13 @@ async def test_a_swallowed_last_message_is_noticed(hub: FeedHub, channel: Channe
     await tab.until_type("agent_started")
     # As a proxy does that loses one message of a connection that stays up.
     swallowed = asyncio.Event()
-    receive = hub.subscriber._on_message
-    hub.subscriber._on_message = lambda *_: swallowed.set()
+    connection = hub.subscriber._connection
+    assert connection is not None
+    receive = connection.on_message
+    connection.on_message = lambda *_: swallowed.set()
     await run.end()
     await swallowed.wait()
-    hub.subscriber._on_message = receive
+    connection.on_message = receive
     assert "agent_completed" not in tab.types()
     await tab.until(lambda one: "agent_completed" in one.types(), deadline_s=5.0)
     verify([tab], channel, run.run_id, 0)
@@ -278,3 +283,78 @@ async def test_a_lost_channel_is_noticed_without_any_event(hub: FeedHub, channel
     await channel.client.delete(channel.keys.channel)
     await tab.until_type("reset")
     assert tab.frames[-1]["reason"] == "unknown_epoch"
+
+
+async def test_a_large_text_arrives_in_parts_and_grows_on(hub: FeedHub, channel: Channel) -> None:
+    run = await channel.started()
+    piece = 'é"\n' * 20_000
+    size = len(piece.encode())
+    for number in range(6):
+        await run.publish(run.text("m1", number * len(piece), piece, number * size))
+    tab = await connect(hub, "0")
+    await tab.until_type("event_part", 6)
+    await run.publish(run.text("m1", 6 * len(piece), "end", 6 * size), run.event(thought="0"))
+    await run.end()
+    await tab.until_type("agent_completed")
+    parts = [frame for frame in tab.frames if frame["type"] == "event_part"]
+    assert [part["index"] for part in parts] == list(range(parts[0]["total"]))
+    joined = orjson.loads("".join(part["text"] for part in parts))
+    assert joined["data"] == {"message_id": "m1", "position": 0, "text": piece * 6}
+    verify([tab], channel, run.run_id, 1, piece * 6 + "end")
+
+
+async def test_tabs_that_return_together_share_their_reads(hub: FeedHub, channel: Channel) -> None:
+    run = await channel.started()
+    await run.publish(run.event(thought="0"))
+    await run.end()
+    calls: list[str] = []
+    run_each = hub._link.run_each
+
+    async def counted(asked: Any) -> Any:
+        calls.extend(call.script.name for call in asked)
+        return await run_each(asked)
+
+    hub._link.run_each = counted  # type: ignore[method-assign]
+    tabs = [Tab() for _ in range(200)]
+    for tab in tabs:
+        tab.attachment = hub.attach("alice", "0", tab)
+    for tab in tabs:
+        await tab.until_type("agent_completed")
+    assert calls == ["read"]
+    verify(tabs, channel, run.run_id, 1)
+
+
+async def test_a_tab_that_cannot_be_written_to_is_sent_away_alone(
+    hub: FeedHub, channel: Channel
+) -> None:
+    broken, tab = await connect(hub), await connect(hub)
+
+    def fail(publication: Any) -> None:
+        raise RuntimeError("broken")
+
+    broken.write = fail  # type: ignore[method-assign]
+    run = await channel.started()
+    await run.end()
+    await tab.until_type("agent_completed")
+    assert broken.types()[-1] == "closed"
+    verify([tab], channel, run.run_id, 0)
+
+
+async def test_messages_that_wait_for_a_slow_gateway_are_not_taken_as_lost(
+    hub: FeedHub, channel: Channel
+) -> None:
+    """The position check finds Redis ahead; the message is there, behind what is read first."""
+    await connect(hub)
+    [feed] = hub._feeds.values()
+    connection = hub.subscriber._connection
+    assert connection is not None
+    assert connection._transport is not None
+    connection._transport.pause_reading()  # type: ignore[attr-defined]
+    run = await channel.started()
+    checking = asyncio.create_task(hub._check([feed]))
+    await asyncio.sleep(0.5)
+    assert (checking.done(), feed.state) == (False, FeedState.LIVE)
+    connection._transport.resume_reading()  # type: ignore[attr-defined]
+    assert await checking
+    assert (feed.head, feed.state, len(hub._requests)) == (2, FeedState.LIVE, 0)
+    await run.end()

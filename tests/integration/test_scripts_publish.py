@@ -11,7 +11,7 @@ import redis.asyncio
 
 from relay.codec import decode_live
 from relay.events import EventType
-from relay.history import read_body
+from relay.history import fetch_call
 from relay.keys import BODY_THRESHOLD_BYTES
 from relay.recovery import FetchBody
 from relay.scripts import LogLimits
@@ -152,7 +152,8 @@ async def test_a_large_event_lies_beside_the_log(channel: Channel) -> None:
     async def fetch(*, epoch: str = page.epoch, size: int = len(event)) -> bytes:
         cursor = object()
         wanted = FetchBody(cursor, 0, epoch, 3, size, 10, 20)  # type: ignore[arg-type]
-        return await read_body(channel.link, channel.all_keys, channel.user_id, wanted)
+        call = fetch_call(channel.link, channel.all_keys, channel.user_id, wanted)
+        return (await channel.link.run([call]))[0]
 
     assert await fetch() == event[10:30]
     assert await fetch(epoch="another") == b""

@@ -25,9 +25,11 @@ class Heard:
         self.link = RedisLink(url)
         self.subscriber = Subscriber(
             self.link,
-            on_message=lambda channel, payload: self.add("message", channel, payload.decode()),
+            on_message=lambda channel, payload: self.add(
+                "message", channel.decode(), payload.decode()
+            ),
             on_lost=lambda: self.add("lost"),
-            on_confirmed=lambda channel: self.add("confirmed", channel),
+            on_confirmed=lambda channel: self.add("confirmed", channel.decode()),
         )
 
     def add(self, *event: str) -> None:
@@ -58,7 +60,7 @@ async def heard(redis_url: str) -> AsyncIterator[Heard]:
 async def test_messages_come_after_the_confirmation_and_in_order(
     heard: Heard, redis: redis.asyncio.Redis, key_prefix: str
 ) -> None:
-    heard.subscriber.subscribe(key_prefix)
+    heard.subscriber.subscribe(key_prefix.encode())
     await heard.until_event("confirmed", key_prefix)
     for number in range(100):
         await redis.publish(key_prefix, str(number))
@@ -71,7 +73,7 @@ async def test_a_killed_connection_is_reported_and_everything_confirmed_again(
 ) -> None:
     names = [f"{key_prefix}:{number}" for number in range(SUBSCRIBE_CHUNK + 20)]
     for name in names:
-        heard.subscriber.subscribe(name)
+        heard.subscriber.subscribe(name.encode())
     await heard.until(lambda: len(heard.events) == len(names))
     await redis.client_kill_filter(_type="pubsub")
     await heard.until(lambda: len(heard.events) == 2 * len(names) + 1)
@@ -83,17 +85,17 @@ async def test_a_confirmation_of_an_earlier_subscription_counts_for_nothing(
     heard: Heard, redis: redis.asyncio.Redis, key_prefix: str
 ) -> None:
     """Between two subscriptions messages are missed: only the last one's confirmation counts."""
-    heard.subscriber.subscribe(key_prefix)
-    heard.subscriber._receive([b"subscribe", key_prefix.encode(), 1])
+    heard.subscriber.subscribe(key_prefix.encode())
+    heard.subscriber._confirm(key_prefix.encode())
     assert heard.events == []
     await heard.until_event("confirmed", key_prefix)
     for _ in range(20):
-        heard.subscriber.unsubscribe(key_prefix)
+        heard.subscriber.unsubscribe(key_prefix.encode())
         await asyncio.sleep(0)
-        heard.subscriber.subscribe(key_prefix)
+        heard.subscriber.subscribe(key_prefix.encode())
         await asyncio.sleep(0)
     seen = len(heard.events)
-    heard.subscriber.subscribe(key_prefix)
+    heard.subscriber.subscribe(key_prefix.encode())
     await heard.until(lambda: ("confirmed", key_prefix) in heard.events[seen:])
     await redis.publish(key_prefix, "after")
     await heard.until_event("message", key_prefix, "after")
@@ -104,9 +106,9 @@ async def test_a_channel_that_was_given_up_stays_silent(
 ) -> None:
     other = f"{key_prefix}:other"
     for name in (key_prefix, other):
-        heard.subscriber.subscribe(name)
+        heard.subscriber.subscribe(name.encode())
     await heard.until_event("confirmed", other)
-    heard.subscriber.unsubscribe(key_prefix)
+    heard.subscriber.unsubscribe(key_prefix.encode())
 
     async with asyncio.timeout(10):
         while (await redis.pubsub_numsub(key_prefix))[0][1]:
@@ -123,7 +125,7 @@ async def test_a_dead_peer_is_noticed_in_seconds(own_redis: OwnRedis) -> None:
     heard = Heard(server.url)
     await heard.subscriber.start()
     try:
-        heard.subscriber.subscribe("c")
+        heard.subscriber.subscribe(b"c")
         await heard.until_event("confirmed", "c")
         server.pause()
         paused_s = time.monotonic()
@@ -142,3 +144,73 @@ async def test_the_first_connection_must_be_made() -> None:
     with pytest.raises(RedisUnavailable):
         await heard.subscriber.start()
     await heard.aclose()
+
+
+async def test_a_barrier_is_passed_behind_all_that_was_published_before(
+    heard: Heard, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    heard.subscriber.subscribe(key_prefix.encode())
+    await heard.until_event("confirmed", key_prefix)
+    for number in range(200):
+        await redis.publish(key_prefix, str(number))
+    assert await heard.subscriber.barrier()
+    assert heard.events[-1] == ("message", key_prefix, "199")
+
+
+async def test_a_barrier_ends_with_the_connection(
+    heard: Heard, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    connection = heard.subscriber._connection
+    assert connection is not None
+    assert connection._transport is not None
+    connection._transport.pause_reading()  # type: ignore[attr-defined]
+    waiting = asyncio.create_task(heard.subscriber.barrier())
+    await asyncio.sleep(0)
+    connection.connection_lost(None)
+    assert await waiting is False
+
+
+async def test_a_message_that_cannot_be_handled_holds_up_no_other(
+    heard: Heard, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    heard.subscriber.subscribe(key_prefix.encode())
+    await heard.until_event("confirmed", key_prefix)
+    await redis.publish(key_prefix, b"\xff not UTF-8")
+    await redis.publish(key_prefix, "next")
+    await heard.until_event("message", key_prefix, "next")
+    assert ("lost",) not in heard.events
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+async def test_both_protocols_of_redis_are_understood(
+    redis_url: str, redis: redis.asyncio.Redis, key_prefix: str, protocol: int
+) -> None:
+    heard = Heard(redis_url)
+    heard.link.pool.connection_kwargs["protocol"] = protocol
+    await heard.subscriber.start()
+    try:
+        assert await heard.subscriber.barrier()
+        heard.subscriber.subscribe(key_prefix.encode())
+        await heard.until_event("confirmed", key_prefix)
+        await redis.publish(key_prefix, "hello")
+        await heard.until_event("message", key_prefix, "hello")
+        assert await heard.subscriber.barrier()
+    finally:
+        await heard.aclose()
+
+
+async def test_a_refused_subscription_is_a_loss_and_is_tried_again(own_redis: OwnRedis) -> None:
+    server = await own_redis()
+    async with server.client() as client:
+        await client.execute_command(
+            "ACL", "SETUSER", "reader", "on", "nopass", "~*", "+@all", "resetchannels", "&open"
+        )
+        heard = Heard(server.url.replace("redis://", "redis://reader:any@"))
+        await heard.subscriber.start()
+        try:
+            heard.subscriber.subscribe(b"closed")
+            await heard.until_event("lost")
+            await client.execute_command("ACL", "SETUSER", "reader", "&closed")
+            await heard.until_event("confirmed", "closed")
+        finally:
+            await heard.aclose()

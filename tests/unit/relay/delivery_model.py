@@ -19,20 +19,25 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from relay import recovery
 from relay.codec import LiveBatch, Position, Publication
 from relay.events import Kind
 from relay.recovery import (
     Advance,
+    Broken,
     Cursor,
     CursorState,
     Feed,
     FeedState,
     FetchBody,
+    LargeText,
     Page,
     Read,
+    Request,
+    RequestQueue,
     Rotate,
+    SharedRequest,
     TextMark,
+    parts,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
 BODY_BYTES = 60
 PART_THRESHOLD = 140
 PART_BYTES = 48
+LARGE_TEXT_BYTES = 70
 PAGE_BYTES = 160
 PAGE_ENTRIES = 5
 RING_BYTES = 1_700
@@ -63,12 +69,12 @@ def require(holds: bool, what: str) -> None:
 @contextlib.contextmanager
 def small_parts() -> Iterator[None]:
     """Make events count as large early, so that short histories have all sizes."""
-    before = recovery.PART_THRESHOLD_BYTES, recovery.PART_BYTES
-    recovery.PART_THRESHOLD_BYTES, recovery.PART_BYTES = PART_THRESHOLD, PART_BYTES
+    before = parts.PART_THRESHOLD_BYTES, parts.PART_BYTES
+    parts.PART_THRESHOLD_BYTES, parts.PART_BYTES = PART_THRESHOLD, PART_BYTES
     try:
         yield
     finally:
-        recovery.PART_THRESHOLD_BYTES, recovery.PART_BYTES = before
+        parts.PART_THRESHOLD_BYTES, parts.PART_BYTES = before
 
 
 # --- Redis ---
@@ -177,8 +183,22 @@ class Store:
         if not rest:
             return 0, None, None
         mark = TextMark(name, len(text.content.encode()), len(text.content))
+        if len(rest.encode()) > LARGE_TEXT_BYTES:
+            large = LargeText(
+                text.last,
+                run_id,
+                name,
+                start=before,
+                size_bytes=len(rest.encode()),
+                opening=text_event(name, before.chars, "")[: -len(TEXT_END)],
+                closing=TEXT_END,
+            )
+            return 0, large, mark
         event = text_event(name, before.chars, rest)
         return len(event), Publication(text.last, 0, Kind.TEXT, run_id, event), mark
+
+
+TEXT_END = b'"}'
 
 
 def text_event(name: str, position: int, text: str) -> bytes:
@@ -407,8 +427,9 @@ class Gateway:
         self.is_subscribed = False
         self.is_confirmation_due = False
         self.is_loss_due = False
-        self.waiting: list[Read | Rotate | FetchBody] = []
-        self.replies: list[tuple[Read | Rotate | FetchBody, Any]] = []
+        self.waiting: RequestQueue[str] = RequestQueue()
+        self.sent: list[SharedRequest[str]] = []
+        self.replies: list[tuple[SharedRequest[str], Any]] = []
 
     def perform(self) -> None:
         effects = self.feed.effects
@@ -417,8 +438,10 @@ class Gateway:
             for effect in batch:
                 if isinstance(effect, Advance):
                     effect.cursor.advance()
+                elif isinstance(effect, Broken):
+                    raise effect.error
                 else:
-                    self.waiting.append(effect)
+                    self.waiting.add("user", effect)
 
     def subscribe(self) -> None:
         """The subscription is asked for; Redis has not taken it."""
@@ -452,21 +475,31 @@ class Gateway:
         self.feed.receive_live(self.messages.popleft())
         self.perform()
 
-    def execute(self, index: int) -> None:
+    @property
+    def has_requests(self) -> bool:
+        return len(self.waiting) + len(self.sent) > 0
+
+    def execute(self, rng: random.Random | None = None) -> None:
         """Redis carries out a request; the answer is on its way."""
-        effect = self.waiting.pop(index)
-        self.replies.append((effect, self.world.answer(effect)))
+        # What is sent can be joined no more; several connections overtake each other.
+        self.sent += self.waiting.take(rng.choice((0, 1, 64)) if rng and self.sent else 64)
+        shared = self.sent.pop(rng.randrange(len(self.sent)) if rng else 0)
+        self.replies.append((shared, self.world.answer(shared.first)))
 
     def receive_reply(self, index: int) -> None:
-        effect, answer = self.replies.pop(index)
+        shared, answer = self.replies.pop(index)
         self.world.replies += 1
-        if isinstance(effect, Rotate):
-            effect.feed.receive_rotated(effect)
-        elif isinstance(effect, FetchBody):
-            effect.cursor.receive_body(effect, answer)
-        else:
-            effect.requester.receive_page(effect, answer)
+        for request in shared.waiting:
+            self.receive_answer(request, answer)
         self.perform()
+
+    def receive_answer(self, request: Request, answer: Any) -> None:
+        if isinstance(request, Rotate):
+            request.feed.receive_rotated(request)
+        elif isinstance(request, FetchBody):
+            request.cursor.receive_body(request, answer)
+        else:
+            request.requester.receive_page(request, answer)
 
     def audit(self) -> None:
         """What ``FeedHub`` does every few seconds."""
@@ -541,8 +574,14 @@ class World:
             return None
         if isinstance(effect, FetchBody):
             # Another epoch's body at this offset is another event.
-            body = store.bodies.get(effect.offset, b"") if store.epoch == effect.epoch else b""
-            if len(body) != effect.size_bytes:
+            text = store.texts.get(effect.text)
+            body = store.bodies.get(effect.offset, b"")
+            if effect.text:
+                body = text.content.encode() if text and not text.is_lost else b""
+            is_whole = len(body) == effect.size_bytes or (
+                effect.text and len(body) > effect.size_bytes
+            )
+            if store.epoch != effect.epoch or not is_whole:
                 return b""
             return body[effect.start : effect.start + effect.length]
         known = effect.known if store.epoch == effect.epoch else {}
@@ -731,16 +770,16 @@ class World:
             gateway.receive_message()
 
     def do_execute(self, rng: random.Random, gateway: Gateway) -> None:
-        if gateway.waiting:
-            gateway.execute(rng.randrange(len(gateway.waiting)))
+        if gateway.has_requests:
+            gateway.execute(rng)
 
     def do_reply(self, rng: random.Random, gateway: Gateway) -> None:
         if gateway.replies:
             gateway.receive_reply(rng.randrange(len(gateway.replies)))
 
     def do_work(self, rng: random.Random, gateway: Gateway) -> None:
-        if gateway.waiting:
-            gateway.execute(rng.randrange(len(gateway.waiting)))
+        if gateway.has_requests:
+            gateway.execute(rng)
             gateway.receive_reply(len(gateway.replies) - 1)
 
     def do_drain(self, rng: random.Random, gateway: Gateway) -> None:
@@ -824,11 +863,11 @@ class World:
                     gateway.confirm()
                 while gateway.messages:
                     gateway.receive_message()
-                while gateway.waiting or gateway.replies:
+                while gateway.has_requests or gateway.replies:
                     is_moving = True
                     require(self.replies < limit, "the machine does not come to rest")
-                    if gateway.waiting:
-                        gateway.execute(0)
+                    if gateway.has_requests:
+                        gateway.execute()
                     if gateway.replies:
                         gateway.receive_reply(0)
                 for connection in list(gateway.connections):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +17,16 @@ from relay.recovery import (
     PART_BYTES,
     PART_THRESHOLD_BYTES,
     Advance,
+    Broken,
     Cursor,
     CursorState,
     Feed,
     FeedState,
     FetchBody,
+    LargeText,
     Page,
     Read,
+    RequestQueue,
     Rotate,
     TextMark,
     surviving_offset,
@@ -106,6 +110,8 @@ def take(feed: Feed) -> list[Read | Rotate | FetchBody]:
         for effect in batch:
             if isinstance(effect, Advance):
                 effect.cursor.advance()
+            elif isinstance(effect, Broken):
+                raise effect.error
             else:
                 taken.append(effect)
     return taken
@@ -139,10 +145,14 @@ def live_feed(head: int, *, floor: int = 0) -> Feed:
 def attach(
     feed: Feed, since: Any, given: Page | None = None, sink: Sink | None = None
 ) -> tuple[Cursor, Sink]:
-    """Connect a client and answer its first read."""
+    """Connect a client and answer its first read, with a page cut before its first event."""
     sink = sink or Sink()
     cursor = feed.attach(sink, since)
-    answer(take_read(feed), given or page(feed.head))
+    read = take_read(feed)
+    given = given or page(feed.head)
+    if read.after < given.offset:
+        given = dataclasses.replace(given, covered=read.after)
+    answer(read, given)
     return cursor, sink
 
 
@@ -155,7 +165,7 @@ def test_nothing_is_read_before_the_subscription_is_confirmed() -> None:
     feed.receive_live(live(event(1)))
     assert take(feed) == []
     feed.confirm()
-    assert take_read(feed).after == HEADER_ONLY
+    assert [effect.after for effect in take(feed)] == [HEADER_ONLY, HEADER_ONLY]  # type: ignore[union-attr]
 
 
 def test_a_live_publication_reaches_every_live_cursor_once() -> None:
@@ -340,6 +350,87 @@ def test_a_client_that_left_after_a_cut_page_gets_its_texts_from_a_lagging_gatew
     assert sink.offsets == [10, 11]
 
 
+def test_a_start_reads_its_first_page_along() -> None:
+    feed = live_feed(4)
+    cursor, sink = feed.attach(sink := Sink(), Position("e1", 2)), sink
+    read = take_read(feed)
+    assert (read.after, read.with_runs) == (2, True)
+    answer(read, page(4, events(3, 4)))
+    assert sink.frames == [("established", "e1:2", True), ("event", 3), ("event", 4)]
+    assert (take(feed), cursor.state) == ([], CursorState.LIVE)
+
+
+def test_one_answer_opens_a_cold_feed_and_its_first_cursors() -> None:
+    feed = Feed()
+    sinks = [Sink() for _ in range(3)]
+    for sink, since in zip(sinks, (Position("e1", 2), Position("e1", 2), "active"), strict=True):
+        feed.attach(sink, since)  # type: ignore[arg-type]
+    feed.confirm()
+    queue: RequestQueue[str] = RequestQueue()
+    for effect in take(feed):
+        queue.add("alice", effect)
+    requests = queue.take(10)
+    assert [len(request.waiting) for request in requests] == [3, 1]
+    for request in requests:
+        for read in request.waiting:
+            assert isinstance(read, Read)
+            after = min(read.after, 4)
+            answer(read, page(4, events(after + 1, 4), runs=[Run(5)]))
+    assert [sink.offsets for sink in sinks] == [[3, 4], [3, 4], []]
+    assert all(cursor.state is CursorState.LIVE for cursor in feed.cursors)
+
+
+def test_a_request_under_way_is_not_joined() -> None:
+    feed = live_feed(4)
+    queue: RequestQueue[str] = RequestQueue()
+    for _ in range(2):
+        feed.attach(Sink(), "now")
+        for effect in take(feed):
+            queue.add("alice", effect)
+        [request] = queue.take(10)
+        assert len(request.waiting) == 1
+
+
+def test_another_users_requests_are_not_joined() -> None:
+    queue: RequestQueue[str] = RequestQueue()
+    for user in ("alice", "bob"):
+        feed = live_feed(4)
+        feed.attach(Sink(), "now")
+        for effect in take(feed):
+            queue.add(user, effect)
+    assert [(shared.owner, len(shared.waiting)) for shared in queue.take(10)] == [
+        ("alice", 1),
+        ("bob", 1),
+    ]
+
+
+# --- A connection that fails ---
+
+
+class FailingSink(Sink):
+    """Cannot be written to, as after a defect."""
+
+    def write(self, publication: Publication) -> None:
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("is_behind", [False, True])
+def test_a_broken_connection_is_sent_away_and_the_others_go_on(is_behind: bool) -> None:
+    feed = live_feed(4)
+    broken = FailingSink()
+    attach(feed, "now", sink=broken)
+    _, sink = attach(feed, "now")
+    if is_behind:
+        feed.receive_live(live(event(6)))
+        answer(take_read(feed), page(6, events(5, 6)))
+    else:
+        feed.receive_live(live(*events(5, 6)))
+    [effect] = feed.effects
+    assert isinstance(effect, Broken)
+    assert (effect.sink, sink.offsets) == (broken, [5, 6])
+    assert len(feed.cursors) == 1
+
+
 # --- Catching up ---
 
 
@@ -451,13 +542,45 @@ def test_a_large_event_is_sent_in_parts_with_other_frames_between_them() -> None
     answer(take_read(feed), page(1, [claim(1, len(body))]))
     while cursor.state is CursorState.BODY:
         fetch = take_fetch(feed)
-        assert fetch.length == PART_BYTES
+        assert fetch.length <= PART_BYTES
         cursor.receive_body(fetch, body[fetch.start : fetch.start + fetch.length])
     parts = [frame for frame in sink.frames if frame[0] == "part"]
     assert [frame[2] for frame in parts] == list(range(parts[0][3]))
     joined = orjson.loads("".join(frame[4] for frame in parts))
     assert joined == {"offset": 1, "seq": 1, **orjson.loads(body)}
     assert cursor.state is CursorState.LIVE
+
+
+def test_a_large_text_is_sent_in_parts_too() -> None:
+    content = ('say "é"\n' * PART_THRESHOLD_BYTES)[: PART_THRESHOLD_BYTES + 7]
+    stored = content.encode()
+    large = LargeText(
+        3,
+        "r1",
+        "r1:1:m1",
+        start=TextMark("r1:1:m1", 9, 8),
+        size_bytes=len(stored) - 9,
+        opening=b'{"type":"text_delta","data":{"position":8,"text":"',
+        closing=b'"}}',
+    )
+    feed = live_feed(3)
+    cursor, sink = attach(feed, Position("e1", 2))
+    answer(take_read(feed), page(3, [large], covered=3))
+    while cursor.state is CursorState.BODY:
+        fetch = take_fetch(feed)
+        assert (fetch.text, fetch.size_bytes) == ("r1:1:m1", len(stored))
+        cursor.receive_body(fetch, stored[fetch.start : fetch.start + fetch.length])
+    frames = [frame for frame in sink.frames if frame[0] == "part"]
+    assert [frame[2] for frame in frames] == list(range(frames[0][3]))
+    joined = orjson.loads("".join(frame[4] for frame in frames))
+    assert joined == {
+        "offset": 3,
+        "type": "text_delta",
+        "data": {"position": 8, "text": stored[9:].decode()},
+    }
+    read = take_read(feed)
+    whole = TextMark(large.name, len(stored), 8 + len(joined["data"]["text"]))
+    assert dict(read.known) == {large.name: whole}
 
 
 def test_parts_wait_until_the_outbox_is_empty() -> None:

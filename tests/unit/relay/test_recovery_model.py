@@ -133,8 +133,8 @@ def take_any_piece(cursor: Cursor, fetch: FetchBody, piece: bytes) -> None:
     receive_body(cursor, dataclasses.replace(fetch, generation=cursor.generation), piece)
 
 
-def forget_what_is_owed(cursor: Cursor, page: Page) -> None:
-    start(cursor, page)
+def forget_what_is_owed(cursor: Cursor, page: Page, read_after: int) -> None:
+    start(cursor, page, read_after)
     cursor._owed = 0
 
 
@@ -147,11 +147,11 @@ def write_what_is_below_the_cursor(cursor: Cursor, publication: Any) -> None:
     receive(cursor, publication)
 
 
-def start_whole_at_the_head(cursor: Cursor, page: Page) -> None:
+def start_whole_at_the_head(cursor: Cursor, page: Page, read_after: int) -> None:
     head = cursor._feed.head
     if cursor._resolve(page) is not None and page.offset > head:
         page = dataclasses.replace(page, offset=head)
-    start(cursor, page)
+    start(cursor, page, read_after)
 
 
 def go_on_from_the_ring(cursor: Cursor, page: Page) -> None:
@@ -191,10 +191,17 @@ ABLATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "rule 13: audit": without("Gateway.audit", lambda gateway: None),
     "rule 15: outbox": without("Connection.has_room", property(lambda connection: True)),
     "parts wait for an idle socket": without(
-        "Cursor._has_room_for", lambda cursor, body: cursor._sink.has_room
+        "Cursor._has_room_for", lambda cursor, body: cursor.sink.has_room
     ),
     "whole: after a cut page history": without("Cursor._write_page", go_on_from_the_ring),
     "whole: a start below the channel's offset": without("Cursor._start", start_whole_at_the_head),
+    "sharing: only what asks the same": without("Read.question", property(lambda read: "read")),
+    "sharing: not what knows a text already": without(
+        "Read.question", property(lambda read: (read.after, read.with_runs))
+    ),
+    "sharing: not another piece": without(
+        "FetchBody.question", property(lambda fetch: (fetch.epoch, fetch.text or fetch.offset))
+    ),
     "rewind: less than was seen": without("Feed._rotate", lambda feed: feed._settle()),
     "rewind: texts stand anew": without("World.begin_epoch", begin_epoch_with_texts_as_they_stand),
     "a position keeps its epoch until the reset": without(

@@ -1,0 +1,77 @@
+"""The publications that a feed keeps for whoever is just behind its head."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from relay.codec import Publication
+from relay.events import Kind
+
+PUBLICATION_OVERHEAD_BYTES = 400
+"""What a kept publication costs beside its bytes: the object, its fields, its place in the ring."""
+
+
+class Ring:
+    """Recent publications without a gap, bounded in bytes.
+
+    Args:
+        budget_bytes: The oldest go where all together pass it.
+
+    Attributes:
+        start: Everything after this offset, up to the newest, is here.
+    """
+
+    __slots__ = ("_budget", "_kept", "_size", "start")
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.start = 0
+        self._budget = budget_bytes
+        self._size = 0
+        # Most feeds are idle most of the time: an empty deque would be half of what they cost.
+        self._kept: deque[Publication] | None = None
+
+    def push(self, publication: Publication) -> None:
+        """Keep the next publication."""
+        kept = self._kept
+        if kept is None:
+            kept = self._kept = deque()
+        kept.append(publication)
+        # Its bytes are held twice, stored and framed.
+        size = self._size + 2 * len(publication.event) + PUBLICATION_OVERHEAD_BYTES
+        while size > self._budget and kept:
+            oldest = kept.popleft()
+            size -= 2 * len(oldest.event) + PUBLICATION_OVERHEAD_BYTES
+            self.start = oldest.offset
+        self._size = size
+
+    def restart(self, offset: int) -> None:
+        """Forget everything; what follows comes after this offset."""
+        self._kept = None
+        self._size = 0
+        self.start = offset
+
+    def after(self, offset: int) -> Sequence[Publication] | None:
+        """Give all publications after an offset, None where the ring does not reach back."""
+        if offset < self.start:
+            return None
+        # From the newest on: whoever asks is mostly a few publications behind.
+        found: list[Publication] = []
+        for publication in reversed(self._kept or ()):
+            if publication.offset <= offset:
+                break
+            found.append(publication)
+        found.reverse()
+        return found
+
+    def contradicts(self, publication: Publication) -> bool:
+        """Whether another event is known to stand at the same offset."""
+        if publication.is_claim or publication.kind == Kind.TEXT:
+            return False
+        return any(
+            held.offset == publication.offset
+            and not held.is_claim
+            and held.kind != Kind.TEXT
+            and held.event != publication.event
+            for held in self._kept or ()
+        )
