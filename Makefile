@@ -3,9 +3,9 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: help run setup check test faults bench bench-accept soak clean
+.PHONY: help run setup check test faults bench bench-accept scale soak clean
 
-# More arguments for the command behind run, test, faults, bench and soak.
+# More arguments for the command behind run, test, faults, bench, scale and soak.
 ARGS ?=
 
 VENV := .venv
@@ -35,6 +35,7 @@ help:
 	@echo 'make test     all tests but the full fault rounds (ARGS="-k name" to choose)'
 	@echo 'make faults   the full fault rounds'
 	@echo 'make bench    throughput, latency and memory (under 10 minutes); bench-accept accepts its ratios'
+	@echo 'make scale    cost against connections, users, rate, tabs and size (under 10 minutes)'
 	@echo 'make soak     an hour of load'
 	@echo 'make clean    remove .venv and everything generated'
 
@@ -62,6 +63,9 @@ bench: setup
 
 bench-accept: setup
 	$(BIN)/python -m benchmarks.guard --accept $(ARGS)
+
+scale: setup
+	$(BIN)/python -m benchmarks.scale $(ARGS)
 
 soak: setup
 	$(BIN)/python -m benchmarks.soak $(ARGS)

@@ -32,7 +32,7 @@ from benchmarks.processes import (
     raise_file_limit,
     stop_in_order_on_sigterm,
 )
-from benchmarks.report import fault_rounds_in, render
+from benchmarks.report import FAULT_ROUNDS, kept_section, render
 from benchmarks.stage import Plan
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -87,7 +87,7 @@ def main() -> int:
     seconds = time.monotonic() - began_s
     path = options.output or (None if options.quick or options.only else RESULTS)
     if path is not None:
-        kept = fault_rounds_in(path)
+        kept = kept_section(path, FAULT_ROUNDS)
         path.write_text(render(sections, _command(options), load_before, seconds) + kept)
         print(f"Written: {path}")
     print(f"Took {seconds:.0f} s.")

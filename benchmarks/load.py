@@ -267,14 +267,14 @@ def relay_feeds(server: RedisProcess, users: int, padding: int = 0) -> list[str]
     return lines
 
 
-def plain_feeds(users: int, label: str) -> list[str]:
+def plain_feeds(users: int, label: str, padding: int = 0) -> list[str]:
     """Give the lines with which the generator publishes the same frames for a reference.
 
     It writes as much to Redis beside them, so that Redis takes the same time for each event.
     """
     lines = []
     for user in range(users):
-        run_id, before, after = _event_parts(user)
+        run_id, before, after = _event_parts(user, padding)
         frame = f'{{"offset":{FIRST_OFFSET},"seq":{FIRST_SEQ},{before[1:]}'
         name = f"{label}-{user_name(user)}"
         numbers = [epoch_of(user), str(FIRST_OFFSET), str(FIRST_SEQ)]

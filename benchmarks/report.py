@@ -15,7 +15,7 @@ from benchmarks.processes import ROOT
 
 _PACKAGES = ("uvicorn", "starlette", "websockets", "uvloop", "redis", "hiredis", "msgpack")
 
-_FAULT_ROUNDS = "\n## Fault rounds\n"
+FAULT_ROUNDS = "Fault rounds"
 
 _HEAD = """\
 # Benchmark results
@@ -30,7 +30,7 @@ here.
 
 def render(sections: Sequence[Section], command: str, load_before: float, seconds: float) -> str:
     """Give the text of RESULTS.md."""
-    parts = [_HEAD.format(command=command), _machine(load_before, seconds)]
+    parts = [_HEAD.format(command=command), machine(seconds, load_before)]
     checks = [check for section in sections for check in section.checks]
     if checks:
         met = sum(check.is_met for check in checks)
@@ -39,20 +39,22 @@ def render(sections: Sequence[Section], command: str, load_before: float, second
     return "\n".join(parts)
 
 
-def fault_rounds_in(path: Path) -> str:
-    """Give the section about fault rounds, which `make faults` measures and a new run keeps."""
+def kept_section(path: Path, title: str) -> str:
+    """Give the section at the file's end that people wrote, and that a new run keeps."""
     text = path.read_text() if path.exists() else ""
-    _, heading, rest = text.partition(_FAULT_ROUNDS)
+    _, heading, rest = text.partition(f"\n## {title}\n")
     return heading + rest
 
 
-def _machine(load_before: float, seconds: float) -> str:
+def machine(seconds: float, load_before: float | None = None) -> str:
+    """Give a table of what this was measured on."""
+    load = f"{os.getloadavg()[0]:.1f} after"
     rows = {
         "Date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "Commit": _commit(),
         "Processor": f"{_processor()}, {len(os.sched_getaffinity(0))} usable",
         "System": f"{platform.system()} {platform.release()}",
-        "Load average": f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after",
+        "Load average": load if load_before is None else f"{load_before:.1f} before, {load}",
         "Duration": f"{seconds:.0f} s",
         "Redis": _redis_version(),
         "Python": platform.python_version(),

@@ -13,9 +13,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import linear_regression, median
+from statistics import median
 
 from benchmarks.figures import DISTRIBUTION_COLUMNS, Distribution, Table, over_rounds
 from benchmarks.load import (
@@ -35,18 +36,24 @@ from benchmarks.processes import (
     stop_in_order_on_sigterm,
 )
 from benchmarks.stage import Plan, Stage
+from benchmarks.trend import Trend, trend_of
 from benchmarks.websocket import JsonSocket
 
 USERS = 500
 RUN_USER = USERS
 STRETCH_S = 20.0
 MOST_RATE = 10_000
-GROWTH_LIMIT = 0.05
-"""Share by which the gateway's memory may grow in the second half."""
+JUDGED = ("gateway", "worker")
+"""Redis is not: it keeps each run's state for a day, and its memory grows with their number."""
 
-NOISE_KIB = 4_096
-DRIFT_LIMIT = 2.0
-DRIFT_NOISE_MS = 20.0
+FLAT_KIB = 1_024.0
+"""What memory may grow by in the second half, beyond noise, and still count as flat."""
+
+SETTLING_SHARE = 10
+"""One part in so many, at the start, is left out where latency is judged."""
+
+STEADY_MS, STEADY_SHARE = 2.0, 0.25
+"""What a percentile may grow by, beyond noise: milliseconds, or a share of the usual."""
 
 
 @dataclass
@@ -63,13 +70,10 @@ class Diary:
         for name, process in processes.items():
             self.memory_kib.setdefault(name, []).append(process.rss_kib())
 
-    def growth_kib(self, name: str) -> float:
-        """Give the growth over the second half, by its slope; caches fill in the first."""
+    def memory_trend(self, name: str) -> Trend:
+        """Give the trend over the second half; caches and logs fill in the first."""
         half = len(self.at_s) // 2
-        if len(self.at_s) - half < 2:
-            return 0.0
-        slope = linear_regression(self.at_s[half:], self.memory_kib[name][half:]).slope
-        return slope * (self.at_s[-1] - self.at_s[half])
+        return trend_of(self.at_s[half:], self.memory_kib[name][half:])
 
 
 class Runs(threading.Thread):
@@ -162,35 +166,33 @@ def soak(plan: Plan, minutes: float) -> tuple[str, bool]:
                     break
         finally:
             runs.stop()
-        return _report(diary, runs.completed, rate, minutes, _history(server))
+        return report(diary, runs.completed, rate, minutes, _history(server))
 
 
 def _history(server: RedisProcess) -> str:
     return f"{server.client.dbsize():,} keys in Redis at the end"
 
 
-def _report(diary: Diary, runs: int, rate: float, minutes: float, history: str) -> tuple[str, bool]:
-    columns = ["resident memory", "first KiB", "middle KiB", "last KiB", "second half's slope, KiB"]
-    memory = Table(columns)
-    is_well = True
-    for name, sizes in diary.memory_kib.items():
-        growth = diary.growth_kib(name)
-        cells = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
-        memory.rows.append([name, *(f"{size:,}" for size in cells), f"{growth:+,.0f}"])
-        if name == "gateway":
-            is_well = growth <= max(NOISE_KIB, GROWTH_LIMIT * sizes[-1])
-    third = max(1, len(diary.latency) // 3)
-    parts = {
-        "first third": diary.latency[:third],
-        "last third": diary.latency[-third:],
+def report(diary: Diary, runs: int, rate: float, minutes: float, history: str) -> tuple[str, bool]:
+    """Give the report, and whether all is well: memory flat, and no drift in latency."""
+    faults = [
+        f"memory of the {name} grows"
+        for name in JUDGED
+        if name in diary.memory_kib and diary.memory_trend(name).sure_growth > FLAT_KIB
+    ]
+    percentiles = {
+        "p50": [latency.p50_ms for latency in diary.latency],
+        "p99": [latency.p99_ms for latency in diary.latency],
     }
-    latency = Table(["publish to client", *DISTRIBUTION_COLUMNS])
-    summaries = {name: over_rounds(entries) for name, entries in parts.items()}
-    for name, summary in summaries.items():
-        latency.rows.append([name, *summary.cells()])
-    first, last = summaries["first third"].p99_ms, summaries["last third"].p99_ms
-    has_drifted = last > max(first * DRIFT_LIMIT, first + DRIFT_NOISE_MS)
-    verdict = "all is well" if is_well and not has_drifted else "NOT WELL"
+    settled = len(diary.at_s) // SETTLING_SHARE
+    trends = {
+        name: trend_of(diary.at_s[settled:], times[settled:]) for name, times in percentiles.items()
+    }
+    for name, trend in trends.items():
+        usual_ms = median(percentiles[name]) if percentiles[name] else 0.0
+        if trend.sure_growth > max(STEADY_MS, STEADY_SHARE * usual_ms):
+            faults.append(f"{name} latency drifts")
+    verdict = f"NOT WELL: {', '.join(faults)}" if faults else "all is well"
     text = "\n\n".join(
         [
             f"Soak of {minutes:g} minutes at {rate:,.0f} events/s: {verdict}",
@@ -198,11 +200,34 @@ def _report(diary: Diary, runs: int, rate: float, minutes: float, history: str) 
                 f"{diary.delivered:,} events delivered, each once and in order; {runs:,} whole "
                 f"runs beside them; {history}."
             ),
-            memory.markdown(),
-            latency.markdown(),
+            _memory_table(diary).markdown(),
+            _latency_table(diary, trends).markdown(),
         ]
     )
-    return text, is_well and not has_drifted
+    return text, not faults
+
+
+def _memory_table(diary: Diary) -> Table:
+    columns = ["resident memory", "first KiB", "middle KiB", "last KiB", "second half, KiB an hour"]
+    table = Table(columns)
+    for name, sizes in diary.memory_kib.items():
+        cells = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
+        trend = diary.memory_trend(name).text()
+        table.rows.append([name, *(f"{size:,}" for size in cells), trend])
+    return table
+
+
+def _latency_table(diary: Diary, trends: Mapping[str, Trend]) -> Table:
+    table = Table(["publish to client", *DISTRIBUTION_COLUMNS])
+    third = max(1, len(diary.latency) // 3)
+    for name, parts in (
+        ("first third", diary.latency[:third]),
+        ("last third", diary.latency[-third:]),
+    ):
+        table.rows.append([name, *over_rounds(parts).cells()])
+    slopes = [trends[name].text(2) for name in ("p50", "p99")]
+    table.rows.append(["ms an hour", *slopes, "", "", ""])
+    return table
 
 
 def main() -> int:

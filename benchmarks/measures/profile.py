@@ -9,10 +9,10 @@ import sys
 from benchmarks.figures import Section, Table
 from benchmarks.flame import draw, own_shares, read_stacks
 from benchmarks.load import open_channels, relay_feeds, relay_target
+from benchmarks.measures.throughput import ON_THEIR_WAY, USERS
 from benchmarks.stage import Plan, Stage
 
 NAME = "profile"
-USERS = 500
 SHOWN = 25
 
 _METHOD = """\
@@ -39,7 +39,8 @@ def measure(plan: Plan) -> Section:
             load.connect(is_relay=True)
             load.use_redis(server, relay_feeds(server, USERS))
             os.kill(gateway.process.pid, signal.SIGUSR1)
-            load.flow(plan.size(15.0, 3.0), window=USERS, burst=burst, batched=batched)
+            window = USERS * ON_THEIR_WAY // burst
+            load.flow(plan.size(15.0, 3.0), window=window, burst=burst, batched=batched)
             os.kill(gateway.process.pid, signal.SIGUSR1)
             load.stop()
             gateway.stop()

@@ -29,13 +29,15 @@ from benchmarks.stage import Plan, Stage
 NAME = "throughput"
 USERS = 500
 BURST = 5
+ON_THEIR_WAY = 4
+"""Events for each user, on average. With fewer, gateways would wait for the load."""
 
 RELAY, USUAL, FLOOR, FLOOR_TICK = "relay", "usual way", "C floor", "C floor, one send a tick"
 
 _METHOD = """\
 {users} users with one connection each on one gateway process{pinned}. The load generator publishes
-to Redis and receives the events, with at most one event (or burst) per user on its way: whatever
-arrives makes room for the next. All candidates run at once and take turns; one that has no turn is
+to Redis and receives the events, with at most {window:,} events on their way: whatever arrives
+makes room for the next. All candidates run at once and take turns; one that has no turn is
 idle. CPU is user and system time of the gateway process alone, divided by delivered events.
 An event has {stored} bytes stored and {frame} as a frame, the same for all candidates.
 
@@ -116,7 +118,8 @@ def _run(
     candidate: _Candidate, mode: str, burst: int, batched: bool, seconds: float, users: int
 ) -> None:
     before_s = candidate.process.cpu_s()
-    count = candidate.load.flow(seconds, window=users, burst=burst, batched=batched)
+    window = users * ON_THEIR_WAY // burst
+    count = candidate.load.flow(seconds, window=window, burst=burst, batched=batched)
     used_s = candidate.process.cpu_s() - before_s
     candidate.cpu_us.setdefault(mode, []).append(used_s / count.received * 1e6)
     candidate.counts.setdefault(mode, []).append(count)
@@ -131,6 +134,7 @@ def _section(
         "Cost of a delivered event, saturated",
         _METHOD.format(
             users=users,
+            window=users * ON_THEIR_WAY,
             pinned=" that has a processor for itself" if plan.placement.is_pinned else "",
             stored=stored,
             frame=frame,

@@ -21,7 +21,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { MAX_EVENTS = 512, REDIS_READ_BYTES = 1 << 16, REQUEST_BYTES = 4096, BUCKETS = 1 << 14 };
+enum { MAX_EVENTS = 512, REDIS_READ_BYTES = 1 << 18, REQUEST_BYTES = 4096, BUCKETS = 1 << 14 };
 
 typedef struct Client {
   int fd;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,21 @@ def test_the_heavy_measurements_run_to_their_end() -> None:
         "idle connection, 300 of them",
     ):
         assert expected in done.stdout
+
+
+def test_scale_writes_tables_and_a_chart_and_keeps_what_people_wrote(tmp_path: Path) -> None:
+    results, chart = tmp_path / "SCALE.md", tmp_path / "scale.svg"
+    results.write_text("# old\n\n## Where the curves bend\n\nBecause of this.\n")
+    done = run_module("benchmarks.scale", "--quick", f"--output={results}", f"--chart={chart}")
+    assert done.returncode == 0, done.stderr
+    text = results.read_text()
+    assert "# old" not in text
+    assert text.endswith("\n## Where the curves bend\n\nBecause of this.\n")
+    titles = ["Connections", "Users", "Events per second", "Tabs per user", "Gateway processes"]
+    drawn = "".join(ElementTree.parse(chart).getroot().itertext())
+    for title in titles:
+        assert f"## {title}" in text
+        assert title in drawn
 
 
 def test_soak_reports_memory_and_latency() -> None:
