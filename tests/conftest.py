@@ -39,6 +39,7 @@ LEAK_DEADLINE_S = 5.0
 REMEDIES = {
     "needs_docker": "No Docker engine answers. Start one.",
     "needs_node": "There is no node on PATH. Install it, for example: apt-get install nodejs.",
+    "needs_npm": "There is no node or no npm on PATH. Install both: apt-get install nodejs npm.",
     "needs_browser": NO_BROWSER,
     "needs_redis_tls": "There is no redis-server with TLS on PATH: apt-get install redis-server.",
 }
@@ -107,6 +108,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     present = {
         "needs_docker": config.stash[_DOCKER] is not None,
         "needs_node": shutil.which("node") is not None,
+        "needs_npm": all(map(shutil.which, ("node", "npm"))),
         "needs_browser": find_browser() is not None,
         "needs_redis_tls": has_tls(),
     }
