@@ -38,6 +38,7 @@ from gateway.http.runs import run_routes
 from gateway.http.tickets import ticket_routes
 from gateway.metrics import GatewayMetrics
 from gateway.node import Node
+from gateway.place_keeper import PlaceKeeper
 from gateway.protocol import Connection, ConnectionServices, steady_ms, wall_ms
 from gateway.refusals import UNAVAILABLE_RETRY_MS
 from gateway.revocation_watch import RevocationWatch
@@ -50,6 +51,7 @@ from relay.config import Settings
 from relay.errors import CloseCode, RequestRefused
 from relay.jwks import KeySet
 from relay.keys import Keys
+from relay.places import PlaceBook
 from relay.probe import Probe
 from relay.reaper import Reaper
 from relay.revocations import RevocationLog
@@ -90,10 +92,24 @@ class Gateway:
             ),
         )
         self.hub = FeedHub(self.link, keys)
-        self.pool = WebSocketConnectionPool(
-            PoolLimits(per_user=settings.max_connections_per_user), self.metrics
+        self.node = Node(
+            self.link,
+            keys,
+            on_disconnect_user=self._disconnect_user,
+            on_replaced=self._close_replaced,
+            on_presumed_dead=self._hold_places,
         )
-        self.node = Node(self.link, keys, on_disconnect_user=self._disconnect_user)
+        per_user = settings.max_connections_per_user
+        self._places = PlaceKeeper(
+            PlaceBook(self.link, keys, self.node.node_id, per_user), per_user
+        )
+        self.pool = WebSocketConnectionPool(
+            PoolLimits(per_user=per_user, per_node=settings.max_connections_per_node),
+            self.metrics,
+            self._places,
+            node_id=self.node.node_id,
+            tell_replaced=self.node.tell_replaced,
+        )
         self._probe = Probe(self.link, self.node.channel)
         self.health = Health(
             self._probe,
@@ -214,6 +230,7 @@ class Gateway:
         await self.node.renew()
         await self._probe_first()
         self._run_in_background(self.node.run(), "node")
+        self._run_in_background(self._places.run(), "places")
         self._run_in_background(self._revocations.run(), "revocations")
         self._run_in_background(self.health.run(), "health")
         self._run_in_background(self._turn_wheel(), "wheel")
@@ -231,6 +248,7 @@ class Gateway:
         if self._internal is not None:
             await self._internal.stop()
         await end_tasks(self._background)
+        await self._places.aclose()
         await self.node.leave()
         await self.hub.aclose()
         await self._verifier.aclose()
@@ -293,6 +311,12 @@ class Gateway:
     def _disconnect_user(self, user_id: str) -> None:
         for connection in self.pool.of_user(user_id):
             connection.close(CloseCode.FORBIDDEN, "disconnected by an operator")
+
+    def _close_replaced(self, connection_id: str, user_id: str) -> None:
+        self.pool.close_replaced(connection_id, user_id)
+
+    def _hold_places(self) -> None:
+        self._places.hold_all()
 
     def _close_revoked(self) -> None:
         for connection in self.pool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,9 +13,13 @@ import structlog
 from gateway.metrics import GatewayMetrics
 from gateway.refusals import LIMIT_RETRY_MS
 from relay.errors import CloseCode, RequestRefused
+from relay.places import Holder, Place
 from relay.tokens import Identity
 
 MAX_CONNECTIONS_PER_NODE = 20_000
+
+REPLACED = "a newer connection of this client took its place"
+"""Reason of the close with 4429 that a client's older connection gets."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -49,7 +55,12 @@ class PooledConnection(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PoolLimits:
-    """How many connections this node takes."""
+    """How many connections this node takes.
+
+    Attributes:
+        per_user: Of one user, here; the keeper of places counts those in the whole cluster.
+        per_node: Of all users.
+    """
 
     per_user: int
     per_node: int = MAX_CONNECTIONS_PER_NODE
@@ -57,47 +68,152 @@ class PoolLimits:
 
 @dataclass(frozen=True, slots=True)
 class PoolStatistics:
-    """Figures for operators."""
+    """Figures for operators.
+
+    Attributes:
+        connections: Open now.
+        users: Who they belong to.
+        largest_user: The most that one user has here.
+        opening: Places taken for connections that are not open yet.
+        opened: Since the start.
+        closed: Since the start, by close code.
+        max_connections: Most that this node takes.
+        max_per_user: Most that one user may have, here and in the cluster.
+        places_owed: Places in Redis that are still to be given back.
+    """
 
     connections: int
     users: int
     largest_user: int
+    opening: int
+    opened: int
+    closed: Mapping[str, int]
+    max_connections: int
+    max_per_user: int
+    places_owed: int
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A place, and the connection that it was taken for, once that is open."""
+
+    place: Place
+    opened_s: float
+    connection: PooledConnection | None = None
+
+
+class Places(Protocol):
+    """What the pool needs of the keeper of places."""
+
+    @property
+    def owed_count(self) -> int:
+        """Places that are still to be given back."""
+
+    async def take(self, place: Place) -> Sequence[Holder]:
+        """Take a place; gives the connections that it was taken over from."""
+
+    async def check_room(self, place: Place) -> None:
+        """Make sure that there would be one."""
+
+    def give_back(self, place: Place) -> None:
+        """Let a place go."""
 
 
 class WebSocketConnectionPool:
-    """All open connections of this node, by id and by user.
+    """All connections of this node, by id and by user, within their limits.
+
+    A connection comes in two steps, because the user's places are counted in Redis: ``take_place``
+    waits and may refuse; ``register`` does neither. In between the place counts as taken.
 
     Args:
-        limits: Checked on every registration.
+        limits: Checked whenever a place is taken.
         metrics: Counts openings and closings.
+        places: The users' places in the cluster.
+        node_id: This node.
+        tell_replaced: Tells another node that a connection of its has lost its place.
     """
 
-    def __init__(self, limits: PoolLimits, metrics: GatewayMetrics) -> None:
+    def __init__(
+        self,
+        limits: PoolLimits,
+        metrics: GatewayMetrics,
+        places: Places,
+        *,
+        node_id: str,
+        tell_replaced: Callable[[str, str, str], Awaitable[None]],
+    ) -> None:
         self._limits = limits
         self._metrics = metrics
-        self._by_id: dict[str, PooledConnection] = {}
-        self._by_user: dict[str, dict[str, PooledConnection]] = {}
+        self._places = places
+        self._node_id = node_id
+        self._tell_replaced = tell_replaced
+        self._entries: dict[str, _Entry] = {}
+        self._by_user: dict[str, dict[str, _Entry]] = {}
+        self._open_count = 0
 
     def __len__(self) -> int:
-        return len(self._by_id)
+        return self._open_count
 
     def __iter__(self) -> Iterator[PooledConnection]:
-        return iter(tuple(self._by_id.values()))
+        entries = tuple(self._entries.values())
+        return iter([entry.connection for entry in entries if entry.connection is not None])
 
-    def check_room(self, user_id: str) -> None:
+    # --- Coming ---
+
+    async def check_room(self, user_id: str, client_id: str | None = None) -> None:
         """Make sure that one more connection of this user would be taken.
 
         Raises:
             RequestRefused: ``rate_limited``.
+            RedisUnavailable: Nobody knows.
         """
-        if len(self._by_id) >= self._limits.per_node:
+        self._check_here(user_id, client_id)
+        await self._places.check_room(Place("", user_id, client_id))
+
+    async def take_place(self, user_id: str, client_id: str | None = None) -> Place:
+        """Take a place for a connection that is about to be opened.
+
+        A connection of the same client, wherever it is, loses its place and is closed: a device
+        that comes back must not be kept out by what is left of it.
+
+        Returns:
+            The place. Pass it to ``register`` with its connection, or to ``give_up``.
+
+        Raises:
+            RequestRefused: ``rate_limited``; nothing was taken.
+            RedisUnavailable: Redis did not answer; nothing stays taken.
+        """
+        self._check_here(user_id, client_id)
+        place = Place("con_" + secrets.token_hex(12), user_id, client_id)
+        entry = _Entry(place, time.monotonic())
+        self._entries[place.connection_id] = entry
+        self._by_user.setdefault(user_id, {})[place.connection_id] = entry
+        try:
+            replaced = await self._places.take(place)
+        except BaseException:
+            self._drop(entry)
+            raise
+        try:
+            for holder in replaced:
+                await self._close_replaced(holder, user_id)
+        except BaseException:
+            self.give_up(place)
+            raise
+        return place
+
+    def _check_here(self, user_id: str, client_id: str | None) -> None:
+        if len(self._entries) >= self._limits.per_node:
             raise RequestRefused(
                 "rate_limited",
                 "This gateway has as many connections as it can serve.",
                 suggestions=("Try again in a few seconds; another gateway may take you.",),
                 retry_after_ms=LIMIT_RETRY_MS,
             )
-        if len(self._by_user.get(user_id, ())) >= self._limits.per_user:
+        others = sum(
+            client_id is None or entry.place.client_id != client_id
+            for entry in self._by_user.get(user_id, {}).values()
+        )
+        if others >= self._limits.per_user:
             raise RequestRefused(
                 "rate_limited",
                 f"You already have {self._limits.per_user} connections.",
@@ -105,22 +221,45 @@ class WebSocketConnectionPool:
                 retry_after_ms=LIMIT_RETRY_MS,
             )
 
+    async def _close_replaced(self, holder: Holder, user_id: str) -> None:
+        if holder.node_id == self._node_id:
+            self.close_replaced(holder.connection_id, user_id)
+        else:
+            await self._tell_replaced(holder.node_id, user_id, holder.connection_id)
+
+    def close_replaced(self, connection_id: str, user_id: str) -> None:
+        """Close a connection whose client has opened a newer one; harmless if it is gone."""
+        connection = self.get(connection_id, user_id)
+        if connection is not None:
+            connection.close(CloseCode.LIMIT, REPLACED)
+
+    def give_up(self, place: Place) -> None:
+        """Let a place go whose connection will not be opened."""
+        entry = self._entries.get(place.connection_id)
+        if entry is not None and entry.connection is None:
+            self._drop(entry)
+            self._places.give_back(place)
+
     def register(self, connection: PooledConnection) -> None:
-        """Take a connection in.
+        """Take a connection in, at the place that was taken for it.
 
         Raises:
-            RequestRefused: ``rate_limited``; nothing was registered.
+            KeyError: No place was taken under its id; this is a defect.
         """
-        self.check_room(connection.user_id)
-        self._by_id[connection.connection_id] = connection
-        self._by_user.setdefault(connection.user_id, {})[connection.connection_id] = connection
+        entry = self._entries[connection.connection_id]
+        entry.connection = connection
+        entry.opened_s = time.monotonic()
+        self._open_count += 1
         self._metrics.opened += 1
         log.info(
             "connection opened",
             connection_id=connection.connection_id,
             user_id=connection.user_id,
             client_id=connection.client_id,
+            jti=connection.identity.jti,
         )
+
+    # --- Going ---
 
     def remove(self, connection: PooledConnection, code: int, reason: str) -> None:
         """Let a connection go; harmless if it is gone already.
@@ -130,34 +269,57 @@ class WebSocketConnectionPool:
             code: The close code, whoever sent it.
             reason: Why, for the log.
         """
-        if self._by_id.pop(connection.connection_id, None) is None:
+        entry = self._entries.get(connection.connection_id)
+        if entry is None or entry.connection is not connection:
             return
-        own = self._by_user[connection.user_id]
-        del own[connection.connection_id]
-        if not own:
-            del self._by_user[connection.user_id]
+        self._drop(entry)
+        self._places.give_back(entry.place)
+        self._open_count -= 1
         self._metrics.closed[str(int(code))] += 1
         log.info(
             "connection closed",
             connection_id=connection.connection_id,
             user_id=connection.user_id,
+            client_id=connection.client_id,
             code=int(code),
             reason=reason,
+            lasted_s=round(time.monotonic() - entry.opened_s, 3),
         )
+
+    def _drop(self, entry: _Entry) -> None:
+        del self._entries[entry.place.connection_id]
+        own = self._by_user[entry.place.user_id]
+        del own[entry.place.connection_id]
+        if not own:
+            del self._by_user[entry.place.user_id]
+
+    # --- Looking ---
 
     def get(self, connection_id: str, owner: str) -> PooledConnection | None:
         """Give a user's connection; None for an unknown id and for another user's alike."""
-        connection = self._by_id.get(connection_id)
-        return connection if connection is not None and connection.user_id == owner else None
+        entry = self._entries.get(connection_id)
+        return entry.connection if entry is not None and entry.place.user_id == owner else None
 
     def of_user(self, user_id: str) -> tuple[PooledConnection, ...]:
         """Give all connections of a user on this node."""
-        return tuple(self._by_user.get(user_id, {}).values())
+        entries = self._by_user.get(user_id, {}).values()
+        return tuple(entry.connection for entry in entries if entry.connection is not None)
 
     def statistics(self) -> PoolStatistics:
         """Give the pool's figures."""
+        users = [
+            count
+            for own in self._by_user.values()
+            if (count := sum(entry.connection is not None for entry in own.values()))
+        ]
         return PoolStatistics(
-            connections=len(self._by_id),
-            users=len(self._by_user),
-            largest_user=max(map(len, self._by_user.values()), default=0),
+            connections=self._open_count,
+            users=len(users),
+            largest_user=max(users, default=0),
+            opening=len(self._entries) - self._open_count,
+            opened=self._metrics.opened,
+            closed=dict(self._metrics.closed),
+            max_connections=self._limits.per_node,
+            max_per_user=self._limits.per_user,
+            places_owed=self._places.owed_count,
         )

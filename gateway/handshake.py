@@ -17,6 +17,7 @@ from gateway.protocol import Connection, ConnectionServices
 from gateway.refusals import UNAVAILABLE_RETRY_MS, refusal_of
 from gateway.transport import AsgiTransport, run_beside
 from relay.errors import DecodingFailed, RequestRefused
+from relay.places import Place
 from relay.recovery import Since
 from relay.run_model import AgentInfo
 from relay.tokens import Identity
@@ -30,7 +31,7 @@ class Admission:
 
     identity: Identity
     since: Since
-    client_id: str | None
+    place: Place
     agents: Sequence[AgentInfo]
 
 
@@ -99,7 +100,15 @@ async def admit(
         raise RequestRefused("unavailable", retry_after_ms=UNAVAILABLE_RETRY_MS)
     # The client gets this list; and a gateway that cannot read it has no Redis to serve from.
     agents = await services.commands.agents()
-    return Admission(identity, since, client_id, agents)
+    place = await services.pool.take_place(identity.user_id, client_id)
+    try:
+        # Time has passed. From here to the registration nothing waits any more.
+        check_open()
+        authenticator.check_not_revoked(identity)
+    except BaseException:
+        services.pool.give_up(place)
+        raise
+    return Admission(identity, since, place, agents)
 
 
 def check_subprotocols(offered: Sequence[str]) -> None:
@@ -138,7 +147,7 @@ def read_query(query: Mapping[str, str]) -> tuple[Since, str | None]:
 def _open(
     websocket: WebSocket, services: ConnectionServices, admission: Admission
 ) -> tuple[Connection, AsgiTransport]:
-    """Register the connection. Nothing waits between the check for room and taking the place."""
+    """Register the connection at the place that was taken for it. Nothing here waits."""
     made: list[AsgiTransport] = []
 
     def make_transport(connection: Connection) -> AsgiTransport:
@@ -149,7 +158,7 @@ def _open(
         services,
         admission.identity,
         since=admission.since,
-        client_id=admission.client_id,
+        place=admission.place,
         agents=admission.agents,
         make_transport=make_transport,
     )

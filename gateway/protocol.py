@@ -6,7 +6,6 @@ Decisions are made elsewhere (``session``, ``outbox``, the feed); this carries t
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from gateway.transport import Transport
 from gateway.wheel import Wheel
 from relay.codec import Position, Publication
 from relay.errors import CloseCode, RequestRefused
+from relay.places import Place
 from relay.recovery import ActiveRun, Since
 from relay.run_model import AgentInfo, RunSummary
 from relay.tokens import Identity
@@ -102,7 +102,7 @@ class Connection:
         services: Those of the node.
         identity: Whom the verified token speaks for.
         since: Where the client wants to go on.
-        client_id: The device, as the client says.
+        place: Its id, and the device, as the client says.
         agents: Registered agents, for the client.
         make_transport: Makes the way to the socket, given this connection as the source.
         framing: Puts a frame, and the position to resume from after it where there is one, into
@@ -115,15 +115,15 @@ class Connection:
         identity: Identity,
         *,
         since: Since,
-        client_id: str | None,
+        place: Place,
         agents: Sequence[AgentInfo],
         make_transport: Callable[[Connection], Transport],
         framing: Framing | None = None,
     ) -> None:
-        self.connection_id = "con_" + secrets.token_hex(12)
+        self.connection_id = place.connection_id
         self.user_id = identity.user_id
         self.identity = identity
-        self.client_id = client_id
+        self.client_id = place.client_id
         self.transport = make_transport(self)
         self._services = services
         self._framing = framing

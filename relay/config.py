@@ -165,6 +165,9 @@ class Settings(BaseSettings):
     max_connections_per_user: int = _whole(
         20, 1, 10_000, "Connections that one user may have in the whole cluster."
     )
+    max_connections_per_node: int = _whole(
+        20_000, 1, 1_000_000, "Connections that one gateway takes, of all users."
+    )
     max_active_runs_per_user: int = _whole(
         10, 1, 10_000, "Runs that one user may have at work at once; more are queued."
     )

@@ -29,6 +29,9 @@ RUN_TTL_ACTIVE_MS = 7 * 86_400_000
 NODE_TTL_MS = 3_000
 """A node or worker is alive while its key is; renewed every second."""
 
+PLACES_TTL_MS = 3_600_000
+"""A user's places go this long after one was last taken or held; open ones are held before that."""
+
 WORKER_INDEX_TTL_MS = 3_600_000
 """A worker that was not heard of for this long leaves the index when another one starts."""
 
@@ -39,6 +42,7 @@ SCRIPT_CONSTANTS: dict[str, int] = {
     "BODY_THRESHOLD_BYTES": BODY_THRESHOLD_BYTES,
     "CHANNEL_TTL_MARGIN_MS": CHANNEL_TTL_MARGIN_MS,
     "JUST_ENDED_MS": JUST_ENDED_MS,
+    "PLACES_TTL_MS": PLACES_TTL_MS,
     "RUN_TTL_ACTIVE_MS": RUN_TTL_ACTIVE_MS,
     "RUN_TTL_AFTER_END_MS": RUN_TTL_AFTER_END_MS,
     "TEXT_TTL_AFTER_RUN_MS": TEXT_TTL_AFTER_RUN_MS,
@@ -111,7 +115,7 @@ class UserKeys:
 
     @cached_property
     def connections(self) -> str:
-        """Hash: places taken by the user's connections in the cluster."""
+        """Hash: places taken by the user's connections in the cluster, with node and client."""
         return self.base + "connections"
 
     def run(self, run_id: str) -> str:

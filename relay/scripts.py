@@ -46,6 +46,9 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "read": ("_channel", "read"),
     "piece": ("_channel", "piece"),
     "rotate": ("_channel", "rotate"),
+    "place_take": ("place_take",),
+    "place_hold": ("place_hold",),
+    "place_free": ("place_free",),
 }
 
 # Answers that say "not now": the server starts, is full, or is no longer the master.

@@ -108,6 +108,13 @@ def event_routes(services: ConnectionServices, check_open: Callable[[], None]) -
         if not services.hub.subscriber.is_connected:
             raise RequestRefused("unavailable", retry_after_ms=UNAVAILABLE_RETRY_MS)
         agents = await services.commands.agents()
+        place = await services.pool.take_place(identity.user_id, client_id)
+        try:
+            check_open()
+            services.authenticator.check_not_revoked(identity)
+        except BaseException:
+            services.pool.give_up(place)
+            raise
         made: list[EventStream] = []
 
         def make_transport(connection: Connection) -> EventStream:
@@ -118,7 +125,7 @@ def event_routes(services: ConnectionServices, check_open: Callable[[], None]) -
             services,
             identity,
             since=since,
-            client_id=client_id,
+            place=place,
             agents=agents,
             make_transport=make_transport,
             framing=sse_block,

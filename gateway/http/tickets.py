@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from gateway.auth import Authenticator
 from gateway.connection_pool import WebSocketConnectionPool
+from gateway.handshake import read_query
 from gateway.http.problems import json_response
 from gateway.tickets import TICKET_TTL_S, TicketOffice
 from relay.tokens import Identity
@@ -40,7 +41,8 @@ def ticket_routes(
         authenticator.check_origin(request.headers)
         identity = await identify(request)
         check_open()
-        pool.check_room(identity.user_id)
+        _, client_id = read_query(request.query_params)
+        await pool.check_room(identity.user_id, client_id)
         ticket = await tickets.issue(identity)
         return json_response({"ticket": ticket, "expires_in_s": TICKET_TTL_S}, 201)
 

@@ -1,0 +1,219 @@
+"""Places: how many connections a user may have in the whole cluster, counted in Redis.
+
+A place is an entry of the user's hash ``connections``. It counts while its node lives, which the
+node's own key says; that key is in another slot, so it is looked at aside, and only where it
+matters: when all places are taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from relay.errors import RelayError
+from relay.keys import Keys
+from relay.scripts import RedisLink, ScriptCall, mapped_errors
+
+CALLS_PER_PIPELINE = 256
+PIPELINES = 4
+"""More that come meanwhile share the next ones: a reconnect storm costs few round trips."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a connection takes one of.
+
+    Attributes:
+        client_id: The device, as the client says; it takes over its own place.
+    """
+
+    connection_id: str
+    user_id: str
+    client_id: str | None = None
+
+
+class Holder(NamedTuple):
+    """A connection that holds a place, and its node."""
+
+    connection_id: str
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceTaken:
+    """There was room.
+
+    Attributes:
+        replaced: Connections of the same client, which have none any more.
+    """
+
+    replaced: tuple[Holder, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AllTaken:
+    """There was no room."""
+
+    holders: tuple[Holder, ...]
+
+
+class PlaceBook:
+    """The places of all users, as Redis has them.
+
+    Args:
+        link: Which Redis.
+        keys: Key names.
+        node_id: The node that asks.
+        limit: Most places of one user.
+    """
+
+    def __init__(self, link: RedisLink, keys: Keys, node_id: str, limit: int) -> None:
+        self._link = link
+        self._keys = keys
+        self.node_id = node_id
+        self._limit = limit
+        self._waiting: list[tuple[ScriptCall, asyncio.Future[Any]]] = []
+        self._senders: set[asyncio.Task[None]] = set()
+
+    async def take(self, place: Place, gone: Sequence[str] = ()) -> PlaceTaken | AllTaken:
+        """Take a place, or take over that of the same client.
+
+        Args:
+            place: Whose.
+            gone: Nodes that are dead and connections that are not open: they hold nothing.
+
+        Raises:
+            RedisUnavailable: Whether it was taken is unknown; give it back.
+        """
+        return await self._take(place, place.connection_id, gone)
+
+    async def look(self, place: Place, gone: Sequence[str] = ()) -> PlaceTaken | AllTaken:
+        """Tell what ``take`` would, without taking anything.
+
+        Raises:
+            RedisUnavailable: Redis did not answer.
+        """
+        return await self._take(place, "", gone)
+
+    async def _take(
+        self, place: Place, connection_id: str, gone: Sequence[str]
+    ) -> PlaceTaken | AllTaken:
+        is_taken, *fields = await self._run(
+            self._call(
+                "place_take",
+                place.user_id,
+                connection_id,
+                self.node_id,
+                place.client_id or "",
+                self._limit,
+                *gone,
+            )
+        )
+        names = [field.decode() for field in fields]
+        holders = tuple(map(Holder, names[::2], names[1::2]))
+        return PlaceTaken(holders) if is_taken else AllTaken(holders)
+
+    async def dead_nodes(self, holders: Iterable[Holder]) -> list[str]:
+        """Give the nodes among the holders' whose sign of life is gone.
+
+        Raises:
+            RedisUnavailable: Redis did not answer.
+        """
+        nodes = sorted({holder.node_id for holder in holders} - {self.node_id})
+        if not nodes:
+            return []
+        with mapped_errors(self._link.url):
+            # One EXISTS each: the keys are in different slots of a cluster.
+            async with self._link.client.pipeline(transaction=False) as pipe:
+                for node_id in nodes:
+                    pipe.exists(self._keys.node(node_id))
+                alive = await pipe.execute()
+        return [node_id for node_id, is_alive in zip(nodes, alive, strict=True) if not is_alive]
+
+    async def hold(self, places: Sequence[Place]) -> None:
+        """Say that these places are taken, whatever Redis had.
+
+        Raises:
+            RedisUnavailable: Some may not be.
+        """
+        by_user: dict[str, list[str]] = {}
+        for place in places:
+            pair = (place.connection_id, place.client_id or "")
+            by_user.setdefault(place.user_id, []).extend(pair)
+        await self._link.run(
+            [
+                self._call("place_hold", user_id, self.node_id, *pairs)
+                for user_id, pairs in by_user.items()
+            ]
+        )
+
+    async def free(self, places: Sequence[Place]) -> None:
+        """Give places back.
+
+        Raises:
+            RedisUnavailable: Some may still be taken.
+        """
+        by_user: dict[str, list[str]] = {}
+        for place in places:
+            by_user.setdefault(place.user_id, []).append(place.connection_id)
+        await self._link.run(
+            [self._call("place_free", user_id, *ids) for user_id, ids in by_user.items()]
+        )
+
+    def _call(self, name: str, user_id: str, *args: str | int) -> ScriptCall:
+        keys = (self._keys.user(user_id).connections,)
+        return ScriptCall(self._link.scripts[name], keys, "", args)
+
+    # --- Many at once ---
+
+    async def _run(self, call: ScriptCall) -> Any:
+        """Make one call; all that are made in one turn of the event loop share a round trip."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.append((call, future))
+        if len(self._senders) < PIPELINES:
+            sender = asyncio.create_task(self._send(), name="places")
+            self._senders.add(sender)
+        return await future
+
+    async def _send(self) -> None:
+        try:
+            while self._waiting:
+                batch = self._waiting[:CALLS_PER_PIPELINE]
+                del self._waiting[:CALLS_PER_PIPELINE]
+                await self._exchange([one for one in batch if not one[1].done()])
+        finally:
+            # At once: a call that is made before a callback could run would wait for nobody.
+            self._senders.discard(asyncio.current_task())
+
+    async def _exchange(self, batch: Sequence[tuple[ScriptCall, asyncio.Future[Any]]]) -> None:
+        if not batch:
+            return
+        answers: list[Any]
+        try:
+            answers = await self._link.run_each([call for call, _ in batch])
+        except RelayError as error:
+            answers = [error] * len(batch)
+        except BaseException:
+            # The event loop is ending: nobody may wait for an answer that does not come.
+            for _, future in batch:
+                future.cancel()
+            raise
+        for (_, future), answer in zip(batch, answers, strict=True):
+            _settle(future, answer)
+
+    async def aclose(self) -> None:
+        """Wait for the calls that are under way; at most Redis' own time limit."""
+        if self._senders:
+            await asyncio.wait(self._senders)
+
+
+def _settle(future: asyncio.Future[Any], answer: Any) -> None:
+    if future.done():
+        return
+    if isinstance(answer, RelayError):
+        # One exception object raised in many places would grow a traceback with each.
+        future.set_exception(type(answer)(str(answer)))
+    else:
+        future.set_result(answer)

@@ -1,0 +1,324 @@
+"""Places in a user's limit, counted over all gateways, on a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import redis.asyncio
+from websockets.exceptions import InvalidStatus
+
+from gateway import place_keeper
+from gateway.app import Gateway, running_gateway
+from gateway.connection_pool import REPLACED
+from gateway.place_keeper import PlaceKeeper
+from relay.errors import RedisUnavailable, RequestRefused
+from relay.keys import NODE_TTL_MS, PLACES_TTL_MS, Keys
+from relay.places import AllTaken, Place, PlaceBook, PlaceTaken
+from relay.scripts import RedisLink
+from tests.conftest import OwnRedis
+from tests.integration.gateway_support import (
+    Tab,
+    bearer,
+    eventually,
+    gateway_settings,
+    http,
+    raw_tab,
+    refusal,
+    tab,
+)
+from tests.support.proxy import RedisProxy
+
+
+@pytest_asyncio.fixture
+async def gateways(redis_url: str, key_prefix: str) -> AsyncIterator[Sequence[Gateway]]:
+    settings = gateway_settings(redis_url, key_prefix, max_connections_per_user=10)
+    async with running_gateway(settings) as one, running_gateway(settings) as two:
+        yield one, two
+
+
+@pytest_asyncio.fixture
+async def link(redis_url: str) -> AsyncIterator[RedisLink]:
+    opened = RedisLink(redis_url)
+    yield opened
+    await opened.aclose()
+
+
+def connections(key_prefix: str, user_id: str = "alice") -> str:
+    return Keys(key_prefix).user(user_id).connections
+
+
+async def test_ten_of_twelve_get_in_over_two_gateways_and_two_are_told_why(
+    gateways: Sequence[Gateway], redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    leave = asyncio.Event()
+    answers: list[Any] = []
+
+    async def attempt(gateway: Gateway) -> None:
+        try:
+            async with raw_tab(gateway, headers=bearer()) as opened:
+                answers.append((await opened.receive())["type"])
+                await leave.wait()
+        except InvalidStatus as error:
+            answers.append(error.response.status_code)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(12):
+            group.create_task(attempt(gateways[number % 2]))
+        await eventually(lambda: has(answers, 12))
+        assert Counter(answers) == {"connection_established": 10, 429: 2}
+        assert await redis.hlen(connections(key_prefix)) == 10
+        for gateway in gateways:
+            response, problem = await refusal(gateway, headers=bearer())
+            assert response.status_code == 429
+            assert int(response.headers["Retry-After"]) > 0
+            assert "10 connections" in problem["detail"]
+            async with http(gateway) as client:
+                # What a browser asks, which cannot see the answer to its upgrade.
+                told = await client.post("/v1/tickets")
+                assert told.status_code == 429
+                assert told.json() == problem
+                assert (await client.get("/v1/events")).status_code == 429
+            async with tab(gateway, "bob"):
+                pass
+        leave.set()
+    await eventually(lambda: gone(redis, connections(key_prefix)))
+
+
+async def has(things: Sequence[object], count: int) -> bool:
+    return len(things) == count
+
+
+async def gone(redis: redis.asyncio.Redis, key: str) -> bool:
+    return not await redis.exists(key)
+
+
+async def test_device_that_comes_back_elsewhere_takes_over_its_place(
+    redis_url: str, key_prefix: str
+) -> None:
+    settings = gateway_settings(redis_url, key_prefix, max_connections_per_user=1)
+    async with (
+        running_gateway(settings) as one,
+        running_gateway(settings) as two,
+        tab(one, query="?client_id=phone%201") as old,
+    ):
+        async with http(two) as client:
+            assert (await client.post("/v1/tickets")).status_code == 429
+            # With the device's name the answer is that of its upgrade.
+            assert (await client.post("/v1/tickets?client_id=phone%201")).status_code == 201
+        async with tab(two, query="?client_id=phone%201") as new:
+            assert await old.closed() == (4429, REPLACED)
+            async with tab(two, query="?client_id=phone%201") as newest:
+                assert await new.closed() == (4429, REPLACED)
+                assert (await refusal(one, headers=bearer()))[0].status_code == 429
+                assert await newest.is_alive()
+
+
+async def test_places_of_a_dead_gateway_are_free_when_its_sign_of_life_is_gone(
+    gateways: Sequence[Gateway], redis: redis.asyncio.Redis, link: RedisLink, key_prefix: str
+) -> None:
+    keys = Keys(key_prefix)
+    dead = PlaceBook(link, keys, "gw-dead", 10)
+    await redis.set(keys.node("gw-dead"), b"gateway", px=NODE_TTL_MS)
+    for number in range(10):
+        assert isinstance(await dead.take(Place(f"con_{number}", "alice")), PlaceTaken)
+    assert (await refusal(gateways[0], headers=bearer()))[0].status_code == 429
+    await redis.delete(keys.node("gw-dead"))
+    async with tab(gateways[0]), http(gateways[1]) as client:
+        assert (await client.post("/v1/tickets")).status_code == 201
+        assert await redis.hlen(connections(key_prefix)) == 1
+
+
+async def test_gateway_that_was_taken_for_dead_enters_its_places_again(
+    gateways: Sequence[Gateway], redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    key = connections(key_prefix)
+    async with tab(gateways[0]) as opened, tab(gateways[0], "bob"):
+        before = await redis.hgetall(key)
+        await redis.delete(key, connections(key_prefix, "bob"), gateways[0].node.channel)
+        await eventually(lambda: redis.exists(key))
+        assert await redis.hgetall(key) == before
+        assert await redis.exists(connections(key_prefix, "bob"))
+        assert await opened.is_alive()
+
+
+async def test_open_places_never_expire(
+    redis_url: str,
+    redis: redis.asyncio.Redis,
+    key_prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(place_keeper, "HOLD_EVERY_S", 0.2)
+    monkeypatch.setattr(place_keeper, "LOOK_EVERY_S", 0.05)
+    key = connections(key_prefix)
+    async with running_gateway(gateway_settings(redis_url, key_prefix)) as gateway, tab(gateway):
+        assert 0 < await redis.pttl(key) <= PLACES_TTL_MS
+        await redis.pexpire(key, 2_000)
+
+        async def is_held() -> bool:
+            return bool(await redis.pttl(key) > 2_000)
+
+        await eventually(is_held)
+
+
+async def test_place_nobody_uses_any_more_does_not_keep_its_user_out(
+    gateways: Sequence[Gateway], redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    mine = gateways[0].node.node_id
+    left = {f"con_{number}": f"{mine} " for number in range(10)}
+    await redis.hset(connections(key_prefix), mapping={**left, "con_x": b"broken"})  # type: ignore[arg-type]
+    async with tab(gateways[0]):
+        assert await redis.hlen(connections(key_prefix)) == 1
+
+
+async def test_outage_of_redis_ends_no_connection_and_leaves_no_place(
+    own_redis: OwnRedis, key_prefix: str
+) -> None:
+    server = await own_redis()
+    async with (
+        running_gateway(gateway_settings(server.url, key_prefix)) as gateway,
+        server.client() as client,
+        tab(gateway) as stays,
+    ):
+        async with tab(gateway, "bob"):
+            await server.kill()
+            assert await stays.is_alive()
+        # Bob left while nobody could note it, and all places were lost: only one is open.
+        await server.start()
+        await eventually(lambda: client.exists(connections(key_prefix)))
+        await eventually(lambda: settled(gateway))
+        assert not await client.exists(connections(key_prefix, "bob"))
+        assert await stays.is_alive()
+
+
+async def settled(gateway: Gateway) -> bool:
+    return gateway.pool.statistics().places_owed == 0
+
+
+async def test_place_whose_answer_was_lost_is_given_back(
+    redis_url: str, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    port = int(redis_url.rpartition(":")[2].split("/")[0])
+    with RedisProxy(port) as proxy:
+        link = RedisLink(proxy.redis_url, timeout_s=0.3)
+        book = PlaceBook(link, Keys(key_prefix), "gw-1", 1)
+        keeper = PlaceKeeper(book, 1)
+        place = Place("con_1", "alice")
+        await keeper.check_room(place)
+        proxy.lose_next_reply()
+        with pytest.raises(RedisUnavailable):
+            await keeper.take(place)
+        assert await redis.hlen(connections(key_prefix)) == 1
+        assert keeper.owed_count == 1
+        await keeper.step()
+        assert await redis.hlen(connections(key_prefix)) == 0
+        # What was sent before may still arrive after what was sent later.
+        assert isinstance(await book.take(place), PlaceTaken)
+        await keeper.step()
+        assert await redis.hlen(connections(key_prefix)) == 0
+        assert keeper.owed_count == 0
+        await keeper.aclose()
+        await link.aclose()
+
+
+async def test_many_places_taken_at_once_are_exact(link: RedisLink, key_prefix: str) -> None:
+    books = [PlaceBook(link, Keys(key_prefix), f"gw-{number}", 7) for number in range(3)]
+    answers = await asyncio.gather(
+        *(
+            books[number % 3].take(Place(f"con_{user}_{number}", f"user-{user}"))
+            for user in range(40)
+            for number in range(12)
+        )
+    )
+    assert Counter(map(type, answers)) == {PlaceTaken: 40 * 7, AllTaken: 40 * 5}
+
+
+async def test_taking_a_place_again_takes_it_once(
+    link: RedisLink, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    book = PlaceBook(link, Keys(key_prefix), "gw-1", 1)
+    place = Place("con_1", "alice", "a device: {x} é")
+    for _ in range(2):
+        assert await book.take(place) == PlaceTaken(())
+    assert await redis.hlen(connections(key_prefix)) == 1
+    keeper = PlaceKeeper(PlaceBook(link, Keys(key_prefix), "gw-1", 1), 1)
+    await keeper.take(Place("con_2", "bob"))
+    with pytest.raises(RequestRefused):
+        await keeper.take(Place("con_3", "bob"))
+
+
+CYCLES = 60
+OURS = ("gateway.", "relay.", "uvicorn.", "starlette.")
+
+
+async def test_connections_that_come_and_go_leave_nothing(
+    gateways: Sequence[Gateway], redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    gateway, _ = gateways
+
+    async def cycle(number: int) -> None:
+        async with tab(gateway, f"user-{number % 7}", query=f"?client_id=c{number}"):
+            pass
+
+    async def count() -> Counter[str]:
+        await eventually(lambda: nothing_left(gateway))
+        gc.collect()
+        names = Counter(f"{type(one).__module__}.{type(one).__name__}" for one in gc.get_objects())
+        return Counter({name: n for name, n in names.items() if name.startswith(OURS)})
+
+    for number in range(20):
+        await cycle(number)
+    before = await count()
+    for number in range(CYCLES):
+        await cycle(number)
+    assert await count() == before
+    assert not [key async for key in redis.scan_iter(f"{key_prefix}:*:connections")]
+
+
+async def test_peer_that_vanishes_during_the_upgrade_leaves_no_place(
+    gateways: Sequence[Gateway], redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    gateway, _ = gateways
+    host, port = gateway.url.removeprefix("http://").split(":")
+    head = (
+        f"GET /v1/ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
+        "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+        f"Authorization: {bearer()['Authorization']}\r\n\r\n"
+    )
+    for _ in range(20):
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head.encode())
+        await writer.drain()
+        writer.transport.abort()
+    await eventually(lambda: nothing_left(gateway))
+    await eventually(lambda: gone(redis, connections(key_prefix)))
+
+
+async def nothing_left(gateway: Gateway) -> bool:
+    figures = gateway.pool.statistics()
+    return figures.connections == figures.opening == figures.places_owed == 0
+
+
+async def test_statistics_of_the_node(gateways: Sequence[Gateway]) -> None:
+    async def stats() -> dict[str, Any]:
+        async with http(gateways[0], "operator", scopes=["relay:admin"]) as client:
+            told: dict[str, Any] = (
+                await client.get(gateways[0].admin_url + "/v1/admin/stats")
+            ).json()
+            return told
+
+    opened: Tab
+    async with tab(gateways[0]) as opened, tab(gateways[0]), tab(gateways[0], "bob"):
+        figures = await stats()
+        assert figures["connections"] == 3
+        assert (figures["users"], figures["largest_user"], figures["opened"]) == (2, 2, 3)
+        assert (figures["max_per_user"], figures["max_connections"]) == (10, 20_000)
+        await opened.socket.close()
+        await eventually(lambda: has(tuple(gateways[0].pool), 2))
+        assert (await stats())["closed"] == {"1000": 1}
