@@ -138,10 +138,10 @@ class Publication:
         kind: How the event is kept.
         run_id: The event's run, empty for notices.
         event: Stored bytes; empty for a claim, whose bytes are read from the log.
-        size_bytes: Size of a stored body that was not read along, otherwise of ``event``.
     """
 
-    __slots__ = ("_frame", "event", "kind", "offset", "run_id", "seq", "size_bytes")
+    # One is made for each event that is delivered: everything that can wait is made when asked for.
+    __slots__ = ("_frame", "_stored_bytes", "event", "kind", "offset", "run_id", "seq")
 
     def __init__(
         self,
@@ -150,15 +150,20 @@ class Publication:
         kind: int,
         run_id: str,
         event: bytes,
-        size_bytes: int | None = None,
+        stored_bytes: int = 0,
     ) -> None:
         self.offset = offset
         self.seq = seq
         self.kind = kind
         self.run_id = run_id
         self.event = event
-        self.size_bytes = len(event) if size_bytes is None else size_bytes
+        self._stored_bytes = stored_bytes
         self._frame: bytes | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of a stored body that was not read along, otherwise of ``event``."""
+        return self._stored_bytes or len(self.event)
 
     @property
     def is_claim(self) -> bool:
@@ -168,9 +173,10 @@ class Publication:
     @property
     def frame(self) -> bytes:
         """The frame for clients, built once however many connections it goes to."""
-        if self._frame is None:
-            self._frame = splice(self.event, self.offset, self.seq)
-        return self._frame
+        frame = self._frame
+        if frame is None:
+            frame = self._frame = splice(self.event, self.offset, self.seq)
+        return frame
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Publication):
@@ -200,11 +206,8 @@ class LiveBatch(NamedTuple):
     publications: Sequence[Publication]
 
 
-def _decode_entry(entry: Sequence[Any]) -> Publication:
-    offset, seq, kind, run_id, event = entry[:5]
-    if not (type(offset) is type(seq) is type(kind) is int and type(event) is bytes):
-        raise TypeError("an entry of another form")
-    return Publication(offset, seq, kind, run_id.decode(), event)
+_unpack = msgpack.unpackb
+_ENTRY = 5
 
 
 def decode_live(payload: bytes) -> LiveBatch:
@@ -216,11 +219,16 @@ def decode_live(payload: bytes) -> LiveBatch:
         DecodingFailed: It is not such a message, or its version is not ours.
     """
     try:
-        message = msgpack.unpackb(payload, raw=True)
-        version, epoch, entries = message[0], message[1], message[2]
-        if version != WIRE_VERSION:
-            raise DecodingFailed(f"live message of version {version!r}, expected {WIRE_VERSION}")
-        return LiveBatch(epoch.decode("ascii"), [_decode_entry(entry) for entry in entries])
+        message = _unpack(payload, raw=True)
+        if message[0] != WIRE_VERSION:
+            raise DecodingFailed(f"live message of version {message[0]!r}, expected {WIRE_VERSION}")
+        publications = []
+        for entry in message[2]:
+            offset, seq, kind, run_id, event = entry if len(entry) == _ENTRY else entry[:_ENTRY]
+            if not (type(offset) is type(seq) is type(kind) is int and type(event) is bytes):
+                raise TypeError("an entry of another form")  # noqa: TRY301 -- no call for each event
+            publications.append(Publication(offset, seq, kind, run_id.decode(), event))
+        return LiveBatch(message[1].decode("ascii"), publications)
     except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         raise DecodingFailed(f"not a live message: {type(error).__name__}") from error
 

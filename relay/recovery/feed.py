@@ -20,6 +20,9 @@ from relay.recovery.effects import (
 from relay.recovery.pages import HEADER_ONLY, Page, TextMark, surviving_offset
 from relay.recovery.ring import Ring
 
+# Looked up for every event.
+_LIVE, _CURSOR_LIVE = FeedState.LIVE, CursorState.LIVE
+
 
 class Feed:
     """How far a channel has been read, what was read last, and who gets it.
@@ -125,7 +128,7 @@ class Feed:
     def receive_live(self, batch: LiveBatch) -> None:
         """Take a live message."""
         epoch, publications = batch
-        if self.state is not FeedState.LIVE or epoch != self.epoch:
+        if self.state is not _LIVE or epoch != self.epoch:
             self._receive_early(epoch, publications)
             return
         for publication in publications:
@@ -218,7 +221,7 @@ class Feed:
 
     def _deliver(self, publication: Publication) -> None:
         for cursor in self.cursors:
-            if cursor.state is CursorState.LIVE:
+            if cursor.state is _CURSOR_LIVE:
                 try:
                     cursor.receive(publication)
                 except Exception as error:  # noqa: BLE001 -- one broken connection, not all
