@@ -31,6 +31,7 @@ from gateway.health import Health
 from gateway.http.events import event_routes
 from gateway.http.internal import admin_routes, health_routes, metrics_routes
 from gateway.http.middleware import ApiCors, SafeHeaders
+from gateway.http.openapi import openapi_routes
 from gateway.http.page import page_routes
 from gateway.http.problems import EXCEPTION_HANDLERS
 from gateway.http.revocations import revocation_routes
@@ -396,6 +397,7 @@ class Gateway:
                 self.identify, self._authenticator, self.pool, self._tickets, self.check_open
             ),
             *health_routes(self.health, with_detail=False),
+            *openapi_routes(),
             *page_routes(),
         ]
 

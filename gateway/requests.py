@@ -26,7 +26,7 @@ class MessageFields(Request):
 
     thread_id: Identifier
     agent: Identifier | None = None
-    content: str
+    content: Annotated[str, Field(json_schema_extra={"minLength": 1, "pattern": r"\S"})]
     metadata: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("content")
@@ -62,6 +62,19 @@ class Cancel(Request):
 
 class AnswerFields(Request):
     """What a user says to an agent's question: a value, or a denial; exactly one of them."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["value"], "properties": {"denied": {"type": "null"}}},
+                {
+                    "required": ["denied"],
+                    "properties": {"denied": {"const": True}},
+                    "not": {"required": ["value"]},
+                },
+            ]
+        }
+    )
 
     value: Any = None
     denied: Literal[True] | None = None

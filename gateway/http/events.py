@@ -107,6 +107,9 @@ def event_routes(services: ConnectionServices, check_open: Callable[[], None]) -
         since, client_id = read_query(query)
         if not services.hub.subscriber.is_connected:
             raise RequestRefused("unavailable", retry_after_ms=UNAVAILABLE_RETRY_MS)
+        if request.method == "HEAD":
+            # It asks for the headers. A stream would take a place, and never end.
+            return Response(media_type="text/event-stream", headers=HEADERS)
         agents = await services.commands.agents()
         place = await services.pool.take_place(identity.user_id, client_id)
         try:

@@ -62,9 +62,12 @@ def run_routes(identify: Identify, commands: RunCommands, max_body_bytes: int) -
         await commands.answer_input(identity.user_id, run_id, request_id, body)
         return json_response({"run_id": run_id, "request_id": request_id}, 202)
 
+    async def collection(request: Request) -> Response:
+        # One route: two for one address would each name only their own method in ``Allow``.
+        return await (submit if request.method == "POST" else list_runs)(request)
+
     return [
-        Route("/v1/runs", submit, methods=["POST"]),
-        Route("/v1/runs", list_runs, methods=["GET"]),
+        Route("/v1/runs", collection, methods=["GET", "POST"]),
         Route("/v1/runs/{run_id}", get, methods=["GET"]),
         Route("/v1/runs/{run_id}/cancel", cancel, methods=["POST"]),
         Route("/v1/runs/{run_id}/inputs/{request_id}", answer_input, methods=["POST"]),
