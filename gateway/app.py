@@ -21,9 +21,11 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute
 
 from gateway.auth import Authenticator, find_credential
+from gateway.clock import steady_ms, wall_ms
 from gateway.cluster import Cluster
 from gateway.commands import RunCommands
 from gateway.connection_pool import PoolLimits, WebSocketConnectionPool
+from gateway.direct import TickWriter
 from gateway.feed import FeedHub
 from gateway.handover import hand_over
 from gateway.handshake import websocket_routes
@@ -40,7 +42,7 @@ from gateway.http.tickets import ticket_routes
 from gateway.metrics import GatewayMetrics
 from gateway.node import Node
 from gateway.place_keeper import PlaceKeeper
-from gateway.protocol import Connection, ConnectionServices, steady_ms, wall_ms
+from gateway.protocol import Connection, ConnectionServices
 from gateway.refusals import UNAVAILABLE_RETRY_MS
 from gateway.revocation_watch import RevocationWatch
 from gateway.server import Listener, bind, server_config
@@ -64,6 +66,9 @@ from relay.tokens import Identity, TokenVerifier
 FIRST_PROBES = 5
 FIRST_PROBE_DEADLINE_S = 0.3
 """The first probes may overtake the subscription that should catch them: give up on them soon."""
+
+TICKS_AT_ONCE = 100
+"""So many connections are looked at before others get their turn."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -154,6 +159,7 @@ class Gateway:
             self.link, keys, lease_ms=settings.lease_ms, cancel_grace_ms=settings.cancel_grace_ms
         )
         self._wheel: Wheel[Connection] = Wheel(steady_ms())
+        self._answering: set[asyncio.Task[None]] = set()
         self._services = ConnectionServices(
             node_id=self.node.node_id,
             hub=self.hub,
@@ -170,6 +176,8 @@ class Gateway:
             max_connections=settings.max_connections_per_user,
             heartbeat_ms=settings.heartbeat_ms,
             outbox_bytes=settings.outbox_bytes,
+            ticks=TickWriter(self.metrics),
+            tasks=self._answering,
         )
         self._observe()
         self._public: Listener | None = None
@@ -248,6 +256,7 @@ class Gateway:
             await self._public.stop()
         if self._internal is not None:
             await self._internal.stop()
+        await end_tasks(self._answering)
         await end_tasks(self._background)
         await self._places.aclose()
         await self.node.leave()
@@ -294,8 +303,11 @@ class Gateway:
             began_s = loop.time()
             await asyncio.sleep(TICK_MS / 1000)
             self.metrics.note_loop_lag(max(0.0, loop.time() - began_s - TICK_MS / 1000))
-            for connection in self._wheel.turn(steady_ms()):
+            for index, connection in enumerate(self._wheel.turn(steady_ms()), 1):
                 connection.tick()
+                if not index % TICKS_AT_ONCE:
+                    # Connections that came together have their heartbeats together.
+                    await asyncio.sleep(0)
 
     async def _probe_first(self) -> None:
         patience_s, self._probe.deadline_s = self._probe.deadline_s, FIRST_PROBE_DEADLINE_S

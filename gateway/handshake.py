@@ -15,7 +15,8 @@ from gateway.feed import parse_since
 from gateway.http.problems import problem
 from gateway.protocol import Connection, ConnectionServices
 from gateway.refusals import UNAVAILABLE_RETRY_MS, refusal_of
-from gateway.transport import AsgiTransport, run_beside
+from gateway.transport import AsgiTransport
+from gateway.websocket import DIRECT_TRANSPORT, TakeOver
 from relay.errors import DecodingFailed, RequestRefused
 from relay.places import Place
 from relay.recovery import Since
@@ -48,7 +49,7 @@ def websocket_routes(
     async def connect(websocket: WebSocket) -> None:
         try:
             admission = await admit(websocket, services, check_open)
-            connection, transport = _open(websocket, services, admission)
+            connection = _register(services, admission)
         except Exception as error:  # noqa: BLE001 -- every failure is told before the upgrade
             await _deny(websocket, services, refusal_of(error))
             return
@@ -57,9 +58,9 @@ def websocket_routes(
         try:
             await websocket.accept(SUBPROTOCOL if offered else None)
         except BaseException:
-            services.pool.remove(connection, 1006, "upgrade not completed")
+            connection.ended(1006, "upgrade not completed")
             raise
-        await run_beside(transport.run(), connection.run(websocket.receive))
+        await _serve(websocket, services, connection)
 
     async def without_upgrade(_: Request) -> Response:
         # RFC 9110 section 15.5.22; the option in Connection belongs to it (section 7.8).
@@ -144,26 +145,36 @@ def read_query(query: Mapping[str, str]) -> tuple[Since, str | None]:
     return since, client_id
 
 
-def _open(
-    websocket: WebSocket, services: ConnectionServices, admission: Admission
-) -> tuple[Connection, AsgiTransport]:
+def _register(services: ConnectionServices, admission: Admission) -> Connection:
     """Register the connection at the place that was taken for it. Nothing here waits."""
-    made: list[AsgiTransport] = []
-
-    def make_transport(connection: Connection) -> AsgiTransport:
-        made.append(AsgiTransport(websocket.send, websocket.scope["extensions"], connection))
-        return made[0]
-
     connection = Connection(
         services,
         admission.identity,
         since=admission.since,
         place=admission.place,
         agents=admission.agents,
-        make_transport=make_transport,
     )
     services.pool.register(connection)
-    return connection, made[0]
+    return connection
+
+
+async def _serve(
+    websocket: WebSocket, services: ConnectionServices, connection: Connection
+) -> None:
+    """Give the connection its transport: with the direct one, this returns at once."""
+    take_over: TakeOver | None = websocket.scope["extensions"].get(DIRECT_TRANSPORT)
+    if take_over is not None:
+        direct = take_over(connection, services.ticks, services.outbox_bytes)
+        if direct is None:
+            connection.ended(1006, "lost")
+        else:
+            connection.open(direct)
+        return
+    transport = AsgiTransport(
+        websocket.send, websocket.receive, connection, services.metrics, services.outbox_bytes
+    )
+    connection.open(transport)
+    await transport.run()
 
 
 async def _deny(

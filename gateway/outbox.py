@@ -6,6 +6,40 @@ NO_PROGRESS_LIMIT_MS = 60_000
 """A client that takes nothing at all for this long is closed with 4410."""
 
 
+class Backlog:
+    """What a socket has been given and not taken, seen from time to time.
+
+    Args:
+        left_bytes: How much it is now.
+        now_ms: When that was seen.
+    """
+
+    __slots__ = ("_left", "_progress_ms")
+
+    def __init__(self, left_bytes: int, now_ms: int) -> None:
+        self._left = left_bytes
+        self._progress_ms = now_ms
+
+    def add(self, size_bytes: int) -> None:
+        """Note that more was given to the socket."""
+        self._left += size_bytes
+
+    def look(self, left_bytes: int, now_ms: int) -> None:
+        """Note how much is left; less than was given means that the peer takes something."""
+        if left_bytes < self._left:
+            self._progress_ms = now_ms
+        self._left = left_bytes
+
+    def is_stuck(self, now_ms: int) -> bool:
+        """Whether nothing has been taken for too long."""
+        return now_ms >= self.stuck_at_ms
+
+    @property
+    def stuck_at_ms(self) -> int:
+        """When it will count as stuck unless the socket takes something."""
+        return self._progress_ms + NO_PROGRESS_LIMIT_MS
+
+
 class Outbox:
     """Frames on their way to one socket, and the two marks that say when to stop and go on.
 

@@ -6,21 +6,19 @@ Decisions are made elsewhere (``session``, ``outbox``, the feed); this carries t
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import structlog
-from starlette.types import Receive
-
 from gateway import frames
 from gateway.auth import Authenticator
+from gateway.clock import steady_ms, wall_ms
 from gateway.commands import RunCommands
 from gateway.connection_pool import WebSocketConnectionPool
+from gateway.direct import TickWriter
 from gateway.feed import Attachment, FeedHub
 from gateway.metrics import GatewayMetrics
-from gateway.outbox import Outbox
 from gateway.refusals import refusal_of
 from gateway.requests import Cancel, InputResponse, UserMessage
 from gateway.session import (
@@ -50,17 +48,14 @@ ESTABLISH_LIMIT_MS = 10_000
 CLOSE_LIMIT_MS = 5_000
 """A peer that does not take what was waiting by then is closed all the same."""
 
-log = structlog.stdlib.get_logger(__name__)
+PING_INTERVAL_MS = 20_000
+PING_TIMEOUT_MS = 20_000
+"""A peer that has not answered a ping within this time, though it reads, is gone: 4408."""
 
+NEVER_MS = 2**62
 
-def wall_ms() -> int:
-    """Give the time of day, for timestamps and tokens."""
-    return time.time_ns() // 1_000_000
-
-
-def steady_ms() -> int:
-    """Give a time that never jumps, for intervals."""
-    return time.monotonic_ns() // 1_000_000
+WAITING = (Submit, CancelRun, AnswerInput, VerifyToken)
+"""Effects that need an answer from elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +73,14 @@ class ConnectionServices:
     max_connections: int
     heartbeat_ms: int
     outbox_bytes: int
+    ticks: TickWriter
+    tasks: set[asyncio.Task[None]]
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let something be done aside; the gateway waits for it, or ends it, when it stops."""
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     def limits_for_client(self) -> Mapping[str, int]:
         """Give ``limits`` of ``connection_established``."""
@@ -89,14 +92,13 @@ class ConnectionServices:
         }
 
 
-Framing = Callable[[bytes, str], bytes]
-
-
 class Connection:
     """A user's connection, from the accepted upgrade to the close.
 
     It is the sink of its cursor: the feed writes events into it, synchronously, while there is
-    room. It is due on the node's wheel for heartbeats, the token's expiry and its deadlines.
+    room. It is due on the node's wheel for heartbeats, pings, the token's expiry and its
+    deadlines. Between these and what comes from the client or from the feed it costs no time, and
+    no task.
 
     Args:
         services: Those of the node.
@@ -104,10 +106,31 @@ class Connection:
         since: Where the client wants to go on.
         place: Its id, and the device, as the client says.
         agents: Registered agents, for the client.
-        make_transport: Makes the way to the socket, given this connection as the source.
-        framing: Puts a frame, and the position to resume from after it where there is one, into
-            the form that the transport writes.
+
+    Attributes:
+        has_room: Whether events may be written; if not, ``writable`` is called later.
     """
+
+    __slots__ = (
+        "_agents",
+        "_awaits_pong",
+        "_closing",
+        "_cursor",
+        "_deadline_ms",
+        "_has_ended",
+        "_heartbeat_due_ms",
+        "_is_established",
+        "_ping_due_ms",
+        "_services",
+        "_session",
+        "_since",
+        "_transport",
+        "client_id",
+        "connection_id",
+        "has_room",
+        "identity",
+        "user_id",
+    )
 
     def __init__(
         self,
@@ -117,68 +140,47 @@ class Connection:
         since: Since,
         place: Place,
         agents: Sequence[AgentInfo],
-        make_transport: Callable[[Connection], Transport],
-        framing: Framing | None = None,
     ) -> None:
         self.connection_id = place.connection_id
         self.user_id = identity.user_id
         self.identity = identity
         self.client_id = place.client_id
-        self.transport = make_transport(self)
+        self.has_room = True
         self._services = services
-        self._framing = framing
-        self._since = since
-        self._agents = [agent.as_json() for agent in agents]
+        self._since: Since = since
+        self._agents = agents
         self._session = Session(
             identity.user_id, identity.expires_at_ms, services.session_limits, wall_ms()
         )
-        self._outbox = Outbox(services.outbox_bytes)
-        self._is_idle_awaited = False
+        self._transport: Transport | None = None
         self._cursor: Attachment | None = None
-        # Set when requests may be read: after connection_established, or when it is over.
-        self._may_read = asyncio.Event()
+        self._is_established = False
         self._closing: Close | None = None
+        self._has_ended = False
         now_ms = steady_ms()
         self._heartbeat_due_ms = now_ms + services.heartbeat_ms
+        # Connections that came together are pinged one after the other.
+        self._ping_due_ms = now_ms + random.randrange(PING_INTERVAL_MS // 2, PING_INTERVAL_MS)  # noqa: S311
+        self._awaits_pong = False
         self._deadline_ms: int | None = now_ms + ESTABLISH_LIMIT_MS
 
     # --- Life ---
 
-    async def run(self, receive: Receive) -> None:
-        """Serve the connection until it is closed; it leaves nothing behind.
+    def open(self, transport: Transport) -> None:
+        """Begin to serve. The caller has registered it in the pool and accepted the upgrade.
 
-        The caller has registered it in the pool and accepted the upgrade.
+        The transport says when it is over: ``ended``, and ``gone``.
         """
-        code, reason = int(CloseCode.INTERNAL), "handler failed"
-        try:
-            self._cursor = self._services.hub.attach(self.user_id, self._since, self)
+        self._transport = transport
+        if self._closing is not None:
+            # Somebody closed it while the upgrade was on its way.
+            self._deadline_ms = steady_ms() + CLOSE_LIMIT_MS
+            transport.close(self._closing.code, self._closing.reason)
             self._schedule()
-            code, reason = await self._read(receive)
-        finally:
-            if self._cursor is not None:
-                self._cursor.close()
-            self._services.wheel.remove(self)
-            if self._closing is not None:
-                code, reason = self._closing.code, self._closing.reason
-            self._services.pool.remove(self, code, reason)
-
-    async def _read(self, receive: Receive) -> tuple[int, str]:
-        while True:
-            message = await receive()
-            if message["type"] == "websocket.disconnect":
-                return message.get("code") or 1005, message.get("reason") or "closed by the client"
-            await self._may_read.wait()
-            if self._closing is not None:
-                continue
-            self._services.metrics.frames_received += 1
-            text = message.get("text")
-            effects = (
-                self._session.receive_binary(wall_ms())
-                if text is None
-                else self._session.receive_text(text, wall_ms())
-            )
-            for effect in effects:
-                await self._perform(effect)
+            return
+        self._schedule()
+        self._cursor = self._services.hub.attach(self.user_id, self._since, self)
+        self._since = "active"
 
     def close(self, code: CloseCode, reason: str) -> None:
         """Close after what is waiting has been sent; no further event is."""
@@ -187,14 +189,14 @@ class Connection:
         self._closing = Close(code, reason)
         if self._cursor is not None:
             self._cursor.close()
-        self._may_read.set()
         self._deadline_ms = steady_ms() + CLOSE_LIMIT_MS
-        self.transport.close(code, reason)
-        self._schedule()
+        if self._transport is not None:
+            self._transport.close(code, reason)
+            self._schedule()
 
     def end_access(self, reason: str) -> None:
         """Close with 4401 at once: what waits for the socket belongs to nobody any more."""
-        if self._closing is None or self._closing.code is not CloseCode.TOKEN_EXPIRED:
+        if self._closing is None or self._closing.code != CloseCode.TOKEN_EXPIRED:
             self._cut_off(CloseCode.TOKEN_EXPIRED, reason)
 
     def drain(self, after_ms: int) -> None:
@@ -203,27 +205,64 @@ class Connection:
             self._send(frames.reconnect(after_ms, "drain"))
             self.close(CloseCode.DRAIN, "this gateway is shutting down")
 
+    def ended(self, code: int, reason: str) -> None:
+        """Give up the connection's place: nothing can be sent or received any more.
+
+        Args:
+            code: What the transport knows; a close of ours says it better.
+            reason: As for ``code``.
+        """
+        if self._has_ended:
+            return
+        self._has_ended = True
+        if self._closing is None:
+            self._closing = Close(code, reason)
+        if self._cursor is not None:
+            self._cursor.close()
+        self._services.pool.remove(self, self._closing.code, self._closing.reason)
+
+    def gone(self) -> None:
+        """Leave nothing behind: the socket is closed."""
+        self._transport = None
+        self._services.wheel.remove(self)
+
     # --- Time ---
 
     def tick(self) -> None:
         """Do what is due. Called by the turn of the node's wheel."""
+        transport = self._transport
+        if transport is None:
+            return
         now_ms = steady_ms()
         if self._deadline_ms is not None and now_ms >= self._deadline_ms:
             self._miss_deadline()
-        elif self._outbox.is_stuck(now_ms):
+        elif transport.is_stuck(now_ms):
             self._cut_off(CloseCode.TOO_SLOW, "no frame was taken for a minute")
         else:
             if self._closing is None:
-                self._advance(now_ms)
+                self._advance(now_ms, transport)
             self._schedule()
 
-    def _advance(self, now_ms: int) -> None:
+    def _advance(self, now_ms: int, transport: Transport) -> None:
         for effect in self._session.advance(wall_ms()):
             self._perform_now(effect)
         if now_ms >= self._heartbeat_due_ms:
             self._heartbeat_due_ms = now_ms + self._services.heartbeat_ms
             if self._is_established:
                 self._send(frames.heartbeat(self._position, wall_ms()), self._position)
+        if transport.has_pings and now_ms >= self._ping_due_ms:
+            self._check_pong(now_ms, transport)
+
+    def _check_pong(self, now_ms: int, transport: Transport) -> None:
+        # A ping of ours may wait behind what the peer has not read, and its answer behind what we
+        # have not. Whether such a peer is too slow is for the backlog to say (4410).
+        is_silent = transport.stuck_at_ms is None and transport.is_reading
+        if self._awaits_pong and is_silent:
+            self._cut_off(CloseCode.NO_PONG, "no pong")
+            return
+        self._awaits_pong = True
+        self._ping_due_ms = now_ms + PING_TIMEOUT_MS
+        transport.send_ping(_ping_payload(self._ping_due_ms))
 
     def _miss_deadline(self) -> None:
         if self._closing is None:
@@ -233,23 +272,82 @@ class Connection:
         else:
             self._cut_off(self._closing.code, self._closing.reason)
 
-    def _cut_off(self, code: CloseCode, reason: str) -> None:
+    def _cut_off(self, code: int, reason: str) -> None:
         if self._cursor is not None:
             self._cursor.close()
         self._closing = Close(code, reason)
-        self._may_read.set()
-        self.transport.force_close(code, reason)
+        self._deadline_ms = None
+        if self._transport is not None:
+            self._transport.force_close(code, reason)
 
     def _schedule(self) -> None:
-        now_ms = steady_ms()
-        due_ms = [self._heartbeat_due_ms, now_ms + max(0, self._session.next_due_ms - wall_ms())]
-        if self._closing is not None:
-            due_ms = []
-        more = (self._deadline_ms, self._outbox.stuck_at_ms)
-        due_ms += [moment for moment in more if moment is not None]
-        self._services.wheel.schedule(self, min(due_ms))
+        transport = self._transport
+        if transport is None:
+            return
+        due_ms = NEVER_MS
+        if self._closing is None:
+            # Both clocks are looked at once: a token's expiry counts in the time of day.
+            now_ms = steady_ms()
+            due_ms = min(
+                self._heartbeat_due_ms, now_ms + max(0, self._session.next_due_ms - wall_ms())
+            )
+            if transport.has_pings:
+                due_ms = min(due_ms, self._ping_due_ms)
+        if self._deadline_ms is not None:
+            due_ms = min(due_ms, self._deadline_ms)
+        stuck_at_ms = transport.stuck_at_ms
+        if stuck_at_ms is not None:
+            due_ms = min(due_ms, stuck_at_ms)
+        if due_ms < NEVER_MS:
+            self._services.wheel.schedule(self, due_ms)
+
+    # --- What the client sends ---
+
+    def receive(self, text: str | None) -> None:
+        """Take a message, None for a binary one."""
+        self._services.metrics.frames_received += 1
+        now_ms = wall_ms()
+        effects = (
+            self._session.receive_binary(now_ms)
+            if text is None
+            else self._session.receive_text(text, now_ms)
+        )
+        for index, effect in enumerate(effects):
+            if isinstance(effect, WAITING):
+                self._answer_aside(effects[index:])
+                return
+            self._perform_now(effect)
+
+    def receive_ping(self) -> bool:
+        """Take a ping, or a pong that was not asked for; says whether a ping is answered."""
+        effects = self._session.receive_ping(wall_ms())
+        for effect in effects:
+            self._perform_now(effect)
+        return not effects
+
+    def receive_pong(self, payload: bytes) -> bool:
+        """Take a pong; says whether it was asked for."""
+        if not self._awaits_pong or payload != _ping_payload(self._ping_due_ms):
+            return False
+        self._awaits_pong = False
+        self._ping_due_ms += PING_INTERVAL_MS - PING_TIMEOUT_MS
+        return True
 
     # --- Effects ---
+
+    def _answer_aside(self, effects: Sequence[Effect]) -> None:
+        """Carry out what has to wait; until it is done, nothing more is read from the client."""
+        if self._transport is not None:
+            self._transport.hold()
+        self._services.run(self._perform_each(effects))
+
+    async def _perform_each(self, effects: Sequence[Effect]) -> None:
+        try:
+            for effect in effects:
+                await self._perform(effect)
+        finally:
+            if self._transport is not None:
+                self._transport.release()
 
     async def _perform(self, effect: Effect) -> None:
         match effect:
@@ -273,7 +371,7 @@ class Connection:
             case Close(CloseCode.TOKEN_EXPIRED, reason):
                 self.end_access(reason)
             case Close(code, reason):
-                self.close(code, reason)
+                self.close(CloseCode(code), reason)
             case _:
                 raise TypeError(f"{type(effect).__name__} needs to wait")
 
@@ -312,40 +410,31 @@ class Connection:
         self._schedule()
         return effects
 
-    # --- The outbox's other end ---
+    # --- What the transport says ---
 
-    def take_frames(self) -> Sequence[bytes]:
-        """Give the writer what waits."""
-        return self._outbox.take()
+    def clogged(self) -> None:
+        """Learn that the socket holds something back: it may turn out to be stuck."""
+        self._schedule()
 
-    def frame_written(self, size_bytes: int) -> None:
-        """Learn that the socket took a frame."""
-        metrics = self._services.metrics
-        metrics.sent_frames += 1
-        metrics.sent_bytes += size_bytes
-        may_go_on = self._outbox.written(size_bytes, steady_ms())
-        if self._is_idle_awaited and self._outbox.is_empty:
-            self._is_idle_awaited = False
-            may_go_on = True
-        if may_go_on and self._closing is None and self._cursor is not None:
+    def writable(self) -> None:
+        """Learn that there is room again, or that the socket has taken everything."""
+        if self._closing is None and self._cursor is not None:
             self._cursor.writable()
 
     def _send(self, frame: bytes, position: str = "") -> None:
-        if self._framing is not None:
-            frame = self._framing(frame, position)
-        if self._closing is None and self._outbox.add(frame, steady_ms()):
-            self.transport.wake()
+        if self._closing is None and self._transport is not None:
+            self._transport.send(frame, position)
 
     @property
     def _position(self) -> str:
         return "" if self._cursor is None else self._cursor.position
 
-    # --- What the feed writes (its sink) ---
+    def position_after(self, publication: Publication) -> str:
+        """Give the position to resume from after an event that is being written."""
+        epoch = "" if self._cursor is None else self._cursor.epoch
+        return str(Position(epoch, publication.offset))
 
-    @property
-    def has_room(self) -> bool:
-        """Whether events may be written; if not, ``writable`` is called later."""
-        return self._outbox.has_room
+    # --- What the feed writes (its sink) ---
 
     @property
     def is_idle(self) -> bool:
@@ -353,16 +442,14 @@ class Connection:
 
         Only who asks is called: events that flow cost no such call.
         """
-        self._is_idle_awaited = not self._outbox.is_empty
-        return not self._is_idle_awaited
+        return self._transport is not None and self._transport.is_idle
 
     def write(self, publication: Publication) -> None:
         """Send an event."""
         self._services.metrics.delivered_events += 1
-        if self._framing is None or self._cursor is None:
-            self._send(publication.frame)
-        else:
-            self._send(publication.frame, str(Position(self._cursor.epoch, publication.offset)))
+        transport = self._transport
+        if transport is not None:
+            transport.write(publication)
 
     def write_part(self, frame: bytes) -> None:
         """Send a piece of a large event."""
@@ -379,20 +466,19 @@ class Connection:
                 position=str(position),
                 recovered=recovered,
                 runs=_as_json(runs),
-                agents=self._agents,
+                agents=[agent.as_json() for agent in self._agents],
                 heartbeat_ms=services.heartbeat_ms,
                 limits=services.limits_for_client(),
                 now_ms=wall_ms(),
             ),
             str(position),
         )
+        self._agents = ()
+        self._is_established = True
         if self._closing is None:
             self._deadline_ms = None
-        self._may_read.set()
-
-    @property
-    def _is_established(self) -> bool:
-        return self._may_read.is_set() and self._closing is None
+            if self._transport is not None:
+                self._transport.release()
 
     def reset(self, position: Position, reason: str, runs: Sequence[ActiveRun]) -> None:
         """Tell the client to forget its runs: history was lost."""
@@ -424,3 +510,8 @@ class Connection:
 def _as_json(runs: Sequence[ActiveRun]) -> list[dict[str, Any]]:
     # The machine only looks at offsets; what the history reader puts through it are summaries.
     return [run.as_json() for run in cast("Sequence[RunSummary]", runs)]
+
+
+def _ping_payload(due_ms: int) -> bytes:
+    # Tells the answer to this ping from that to an earlier one, and is kept nowhere.
+    return b"%d" % due_ms

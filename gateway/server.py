@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from gateway.websocket import PING_INTERVAL_S, PING_TIMEOUT_S, RelayWebSocketProtocol
+from gateway.websocket import RelayWebSocketProtocol
 from relay.errors import ConfigurationError
 
 BACKLOG = 2048
@@ -124,6 +124,14 @@ class RelayHttpProtocol(H11Protocol):
             # The request is here, or a WebSocket session took over, with deadlines of its own.
             self._stop_timer()
 
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Let the WebSocket protocol go on, also with what came behind the request."""
+        super().handle_websocket_upgrade(event)
+        early, _ = self.conn.trailing_data
+        protocol = self.transport.get_protocol()
+        if early and isinstance(protocol, asyncio.Protocol) and protocol is not self:
+            protocol.data_received(early)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._stop_timer()
@@ -150,8 +158,8 @@ def server_config(app: ASGIApp, *, max_frame_bytes: int) -> uvicorn.Config:
         http=RelayHttpProtocol,
         ws=RelayWebSocketProtocol,
         ws_max_size=max_frame_bytes * FRAME_HEADROOM,
-        ws_ping_interval=PING_INTERVAL_S,
-        ws_ping_timeout=PING_TIMEOUT_S,
+        # The connections ping, all on one wheel, and close with a code of ours.
+        ws_ping_interval=None,
         # Compression costs each connection its own window, and each event its own pass.
         ws_per_message_deflate=False,
         lifespan="off",

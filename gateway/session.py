@@ -29,6 +29,10 @@ ABUSE_WINDOW_MS = 60_000
 FLOOD_SECONDS = 10
 """A client that sends this many seconds' worth of frames too much within a window: 4429."""
 
+PINGS_PER_SECOND = 20
+PINGS_AT_ONCE = 100
+"""Pings of the WebSocket protocol beyond this rate, after so many at once: 4429."""
+
 EXPIRY_WARNING_MS = 30_000
 """Announced so long before a token expires; enough for a page to fetch a new one."""
 
@@ -83,7 +87,7 @@ class VerifyToken:
 class Close:
     """Close the connection after what is waiting has been sent."""
 
-    code: CloseCode
+    code: int
     reason: str
 
 
@@ -99,6 +103,28 @@ class SessionLimits:
     frames_per_second: int
 
 
+class _Bucket:
+    """So many at once, and so many a second."""
+
+    __slots__ = ("_filled_ms", "_left", "_most", "_per_second")
+
+    def __init__(self, per_second: int, most: int, now_ms: int) -> None:
+        self._per_second = per_second
+        self._most = float(most)
+        self._left = self._most
+        self._filled_ms = now_ms
+
+    def take(self, now_ms: int) -> bool:
+        """Take one, if there is one."""
+        passed_s = max(0, now_ms - self._filled_ms) / 1000
+        self._left = min(self._most, self._left + passed_s * self._per_second)
+        self._filled_ms = now_ms
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
 class Session:
     """The rules that one connection is held to.
 
@@ -109,16 +135,28 @@ class Session:
         now_ms: When it was opened.
     """
 
+    __slots__ = (
+        "_end_ms",
+        "_excess",
+        "_expires_at_ms",
+        "_frames",
+        "_is_warned",
+        "_limits",
+        "_offences",
+        "_pings",
+        "_user_id",
+    )
+
     def __init__(
         self, user_id: str, expires_at_ms: int, limits: SessionLimits, now_ms: int
     ) -> None:
         self._user_id = user_id
         self._limits = limits
-        self._offences: deque[int] = deque()
-        self._excess: deque[int] = deque()
-        # A full bucket lets a page send what it had queued while it was away.
-        self._tokens = float(limits.frames_per_second)
-        self._filled_ms = now_ms
+        # Made when they are needed: most connections only listen.
+        self._offences: deque[int] | None = None
+        self._excess: deque[int] | None = None
+        self._frames: _Bucket | None = None
+        self._pings: _Bucket | None = None
         self._set_expiry(expires_at_ms, now_ms)
 
     # --- Frames ---
@@ -143,6 +181,17 @@ class Session:
     def receive_binary(self, now_ms: int) -> list[Effect]:
         """Take a binary frame; ``relay.v1`` has none."""
         return self._offend(RequestRefused("binary_not_supported"), None, now_ms)
+
+    def receive_ping(self, now_ms: int) -> list[Effect]:
+        """Take a ping of the WebSocket protocol, or a pong that nobody asked for.
+
+        They are answered below this, or ignored; nothing is due but the end, if they are a flood.
+        """
+        if self._pings is None:
+            self._pings = _Bucket(PINGS_PER_SECOND, PINGS_AT_ONCE, now_ms)
+        if self._pings.take(now_ms):
+            return []
+        return [Close(CloseCode.LIMIT, "too many pings")]
 
     def _accept(self, frame: Frame) -> list[Effect]:
         match frame:
@@ -169,6 +218,8 @@ class Session:
 
     def _offend(self, refused: RequestRefused, frame_id: str | None, now_ms: int) -> list[Effect]:
         effects = self.refuse(refused, frame_id)
+        if self._offences is None:
+            self._offences = deque()
         if _count(self._offences, now_ms) >= ABUSE_LIMIT:
             effects.append(Close(CloseCode.POLICY, "too many frames that are not understood"))
         return effects
@@ -182,19 +233,18 @@ class Session:
             retry_after_ms=1_000,
         )
         effects = self.refuse(refused, frame_id)
+        if self._excess is None:
+            self._excess = deque()
         if _count(self._excess, now_ms) >= rate * FLOOD_SECONDS:
             effects.append(Close(CloseCode.LIMIT, "too many frames"))
         return effects
 
     def _take_token(self, now_ms: int) -> bool:
-        rate = self._limits.frames_per_second
-        passed_s = max(0, now_ms - self._filled_ms) / 1000
-        self._tokens = min(float(rate), self._tokens + passed_s * rate)
-        self._filled_ms = now_ms
-        if self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
+        if self._frames is None:
+            # A full bucket lets a page send what it had queued while it was away.
+            rate = self._limits.frames_per_second
+            self._frames = _Bucket(rate, rate, now_ms)
+        return self._frames.take(now_ms)
 
     # --- The token ---
 

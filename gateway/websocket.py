@@ -1,41 +1,61 @@
-"""uvicorn's WebSocket protocol with the close codes and the last resort that ``relay.v1`` needs.
+"""uvicorn's WebSocket protocol for the handshake, and the way out of it for what follows.
 
-What is decided here, because it happens below ASGI: a handshake that cannot be read is refused, a
-text frame that is not UTF-8 closes with 1007, a message above ``ws_max_size`` with 1009, a broken
-frame with 1002.
+What is decided here, because it happens below ASGI: a handshake that cannot be read is refused, and
+once it is done the application may take the socket over, see ``gateway.direct``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
-from uvicorn._types import ASGISendEvent
+from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import SecurityError
+from websockets.http11 import Request
 
+from gateway.direct import DirectTransport, Receiver, TickWriter
 from gateway.http.problems import problem
-from relay.errors import CloseCode, RequestRefused
+from relay.errors import RequestRefused
 
-FORCE_CLOSE = "relay.force_close"
-"""Key of the ASGI scope's extensions under which an application finds ``force_close``."""
+DIRECT_TRANSPORT = "relay.transport"
+"""Key of the ASGI scope's extensions under which an application finds its ``TakeOver``."""
 
-FLUSH_S = 5.0
-"""A peer that does not even take the close frame within this time is cut off."""
+MAX_EARLY_BYTES = 64 * 1024
+"""A client may send before it has our answer; so much of it waits in memory."""
 
-PING_INTERVAL_S = 20.0
-PING_TIMEOUT_S = 20.0
+TakeOver = Callable[[Receiver, TickWriter, int], DirectTransport | None]
+"""Gives the accepted connection's socket to a receiver; ``send`` and ``receive`` end with it.
+
+Arguments: the receiver; what gathers its writes; above how many bytes there is no room. None:
+the client has gone meanwhile.
+"""
 
 
 class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
-    """One connection's socket."""
+    """One connection's socket, until its handshake is over."""
+
+    _early: bytearray | None = None
+    _is_taken_over = False
 
     def data_received(self, data: bytes) -> None:
         """Take bytes from the peer."""
+        if self.handshake_initiated and self._early is not None:
+            self._early += data
+            if len(self._early) > MAX_EARLY_BYTES:
+                self.transport.pause_reading()
+            return
         super().data_received(data)
         # uvicorn does not look at this: the peer would wait for an answer for ever, and nobody
         # would ever close its socket.
         if self.conn.handshake_exc is not None and not self.handshake_initiated:
             self._refuse_handshake(self.conn.handshake_exc)
+
+    def handle_connect(self, event: Request) -> None:
+        """Begin the handshake; what comes behind it waits for whoever takes the socket over."""
+        self._early = bytearray()
+        super().handle_connect(event)
 
     def _refuse_handshake(self, error: Exception) -> None:
         if self.close_sent or self.transport.is_closing():
@@ -49,24 +69,32 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         )
         self.transport.close()
 
-    def send_receive_event_to_app(self) -> None:
-        """Pass a message on to the application, or close where it is not text as it claims."""
-        if self.curr_msg_data_type == "text" and not self.close_sent:
-            try:
-                b"".join(self.frames).decode()
-            except UnicodeDecodeError:
-                # uvicorn closes as well, but logs each of them as an error with a stack.
-                self.frames = []
-                self.conn.send_close(1007)
-                self.handle_parser_exception()
-                return
-        super().send_receive_event_to_app()
-
     async def run_asgi(self) -> None:
-        """Run the application, giving it a way to close a socket that takes nothing."""
+        """Run the application, offering it the socket."""
         extensions = cast("dict[str, Any]", self.scope["extensions"])
-        extensions[FORCE_CLOSE] = self.force_close
-        await super().run_asgi()
+        extensions[DIRECT_TRANSPORT] = self.take_over
+        try:
+            await self.app(self.scope, self.receive, self.send)
+        except ClientDisconnected:
+            pass
+        except BaseException:
+            self.logger.exception("Exception in ASGI application\n")
+            self.send_500_response()
+        else:
+            if not self.handshake_complete:
+                self.logger.error("ASGI callable returned without completing handshake.")
+                self.send_500_response()
+        if not self._is_taken_over and self.close_timer is None:
+            self.transport.close()
+
+    async def receive(self) -> ASGIReceiveEvent:
+        """Give the application the next event, where it goes on through ASGI."""
+        if self.handshake_complete and self._early is not None:
+            early, self._early = bytes(self._early), None
+            self.transport.resume_reading()
+            if early:
+                self.data_received(early)
+        return await super().receive()
 
     async def send(self, message: ASGISendEvent) -> None:
         """Pass a message on to the peer."""
@@ -75,47 +103,25 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             # A refusal completes the handshake too. uvicorn would log it as our error.
             self.handshake_complete = True
 
-    def force_close(self, code: int, reason: str) -> None:
-        """Close without waiting for what is buffered; the connection is gone in ``FLUSH_S``.
-
-        An ASGI send would wait for the very socket that does not become writable.
-        """
-        if self.disconnected or self.transport.is_closing():
-            return
-        if not self.close_sent and self.handshake_complete:
-            self.conn.send_close(code, reason)
-            self.transport.write(b"".join(self.conn.data_to_send()))
-        self._give_up(code, reason)
-
-    def keepalive_timeout(self) -> None:
-        """Close with 4408 when no pong came, unless the peer is merely slow to read."""
-        self.pong_timer = None
-        self.pending_ping_payload = None
-        if self.close_sent or self.transport.is_closing():
-            return
-        if not self.writable.is_set():
-            # Our ping may still wait behind what the peer has not read. Whether such a peer is
-            # too slow is for the outbox to say (4410).
-            self.schedule_ping()
-            return
-        self.conn.fail(CloseCode.NO_PONG, "no pong")
-        self.transport.write(b"".join(self.conn.data_to_send()))
-        self._give_up(CloseCode.NO_PONG, "no pong")
-
-    def handle_parser_exception(self) -> None:
-        """Let the application know at once that nothing can be sent any more."""
-        super().handle_parser_exception()
-        self.disconnected = True
-
-    def _give_up(self, code: int, reason: str) -> None:
+    def take_over(
+        self, receiver: Receiver, ticks: TickWriter, budget_bytes: int
+    ) -> DirectTransport | None:
+        """Give the socket away (``TakeOver``); nothing of the handshake is kept."""
+        if self.disconnected or self.transport.is_closing() or not self.handshake_complete:
+            return None
+        self._is_taken_over = True
         self.stop_keepalive()
-        self.close_sent = True
-        self.disconnected = True
-        self.writable.set()
-        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
-        self.transport.close()
-        # close() waits for the buffer to drain, which a dead peer's never does.
-        self.loop.call_later(FLUSH_S, self.transport.abort)
+        self.connections.discard(self)
+        direct = DirectTransport(
+            self.transport,
+            receiver,
+            ticks,
+            self.connections,
+            max_bytes=self.config.ws_max_size,
+            budget_bytes=budget_bytes,
+        )
+        direct.begin(bytes(self._early or b""), is_clogged=not self.writable.is_set())
+        return direct
 
 
 def _unreadable(error: Exception) -> RequestRefused:

@@ -138,10 +138,12 @@ class Publication:
         kind: How the event is kept.
         run_id: The event's run, empty for notices.
         event: Stored bytes; empty for a claim, whose bytes are read from the log.
+        wire: The frame as one transport writes it, left here by the first connection that sends
+            it, for all others.
     """
 
     # One is made for each event that is delivered: everything that can wait is made when asked for.
-    __slots__ = ("_frame", "_stored_bytes", "event", "kind", "offset", "run_id", "seq")
+    __slots__ = ("_frame", "_stored_bytes", "event", "kind", "offset", "run_id", "seq", "wire")
 
     def __init__(
         self,
@@ -159,6 +161,7 @@ class Publication:
         self.event = event
         self._stored_bytes = stored_bytes
         self._frame: bytes | None = None
+        self.wire: bytes | None = None
 
     @property
     def size_bytes(self) -> int:

@@ -6,20 +6,21 @@ Format: WHATWG HTML, section 9.2 (server-sent events).
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from gateway.auth import find_credential
 from gateway.handshake import read_query
+from gateway.metrics import GatewayMetrics
 from gateway.protocol import Connection, ConnectionServices
 from gateway.refusals import UNAVAILABLE_RETRY_MS
-from gateway.transport import FrameSource
+from gateway.transport import OutboxTransport
+from relay.codec import Publication
 from relay.errors import RequestRefused
 
 HEADERS = {
@@ -36,54 +37,50 @@ def sse_block(frame: bytes, position: str) -> bytes:
     return b"data: %s\n\n" % frame
 
 
-class EventStream:
+class EventStream(OutboxTransport):
     """A transport whose frames are taken by the response's body.
 
     Args:
-        source: Where the frames are.
+        connection: Where the frames come from.
+        metrics: Counts what was sent.
+        budget_bytes: Above this there is no room for further events.
     """
 
-    def __init__(self, source: FrameSource) -> None:
-        self._source = source
-        self._has_work = asyncio.Event()
-        self._closing: tuple[int, str] | None = None
+    def __init__(self, connection: Connection, metrics: GatewayMetrics, budget_bytes: int) -> None:
+        super().__init__(connection, metrics, budget_bytes)
+        self._connection = connection
         self._is_cut_off = False
-        self.ended = asyncio.Event()
 
-    def wake(self) -> None:
-        """Let the body take what waits."""
-        self._has_work.set()
+    def write(self, publication: Publication) -> None:
+        """Send an event, with the position after it."""
+        self.send(publication.frame, self._connection.position_after(publication))
 
-    def close(self, code: int, reason: str) -> None:
-        """End the body behind the frames that wait, with a block that says why."""
-        self._closing = (code, reason)
-        self._has_work.set()
+    def send(self, payload: bytes, position: str) -> None:
+        """Send another frame."""
+        self._add(sse_block(payload, position))
 
     def force_close(self, code: int, reason: str) -> None:
-        """End the body now."""
+        """End the body now, or when its socket takes or gives up what it was given last."""
         self._is_cut_off = True
         self.close(code, reason)
-        self.ended.set()
+        self._connection.ended(code, reason)
 
     async def body(self) -> AsyncIterator[bytes]:
         """Give the response's body until the stream is closed."""
-        try:
-            while True:
-                await self._has_work.wait()
-                self._has_work.clear()
-                for frame in self._source.take_frames():
-                    if self._is_cut_off:
-                        break
-                    yield frame
-                    self._source.frame_written(len(frame))
-                is_last = self._is_cut_off or not self._has_work.is_set()
-                if self._closing is not None and is_last:
-                    code, reason = self._closing
-                    closed = orjson.dumps({"code": code, "reason": reason})
-                    yield b"event: close\ndata: %s\n\n" % closed
-                    return
-        finally:
-            self.ended.set()
+        while True:
+            await self._has_work.wait()
+            self._has_work.clear()
+            for frame in self._outbox.take():
+                if self._is_cut_off:
+                    break
+                yield frame
+                self._note_written(len(frame))
+            is_last = self._is_cut_off or not self._has_work.is_set()
+            if self._closing is not None and is_last:
+                code, reason = self._closing
+                closed = orjson.dumps({"code": code, "reason": reason})
+                yield b"event: close\ndata: %s\n\n" % closed
+                return
 
 
 def event_routes(services: ConnectionServices, check_open: Callable[[], None]) -> Sequence[Route]:
@@ -118,23 +115,9 @@ def event_routes(services: ConnectionServices, check_open: Callable[[], None]) -
         except BaseException:
             services.pool.give_up(place)
             raise
-        made: list[EventStream] = []
-
-        def make_transport(connection: Connection) -> EventStream:
-            made.append(EventStream(connection))
-            return made[0]
-
-        connection = Connection(
-            services,
-            identity,
-            since=since,
-            place=place,
-            agents=agents,
-            make_transport=make_transport,
-            framing=sse_block,
-        )
+        connection = Connection(services, identity, since=since, place=place, agents=agents)
         services.pool.register(connection)
-        return EventResponse(services, connection, made[0])
+        return EventResponse(services, connection)
 
     return [Route("/v1/events", listen, methods=["GET"])]
 
@@ -142,13 +125,10 @@ def event_routes(services: ConnectionServices, check_open: Callable[[], None]) -
 class EventResponse(StreamingResponse):
     """The response that serves a connection, and leaves nothing of it behind."""
 
-    def __init__(
-        self, services: ConnectionServices, connection: Connection, stream: EventStream
-    ) -> None:
+    def __init__(self, services: ConnectionServices, connection: Connection) -> None:
         super().__init__(
-            _serve(connection, stream), media_type="text/event-stream", headers=HEADERS
+            _serve(services, connection), media_type="text/event-stream", headers=HEADERS
         )
-        self._services = services
         self._connection = connection
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -157,21 +137,16 @@ class EventResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             # A client may leave before the body has begun, and with it the connection's own end.
-            self._services.pool.remove(self._connection, 1006, "the response was cut off")
+            self._connection.ended(1006, "the response was cut off")
 
 
-async def _serve(connection: Connection, stream: EventStream) -> AsyncIterator[bytes]:
-    """Run the connection for as long as somebody takes the body."""
-
-    async def receive() -> Message:
-        # Nothing is ever received: the end of the body is the end of the connection.
-        await stream.ended.wait()
-        return {"type": "websocket.disconnect", "code": 1005, "reason": "closed by the client"}
-
-    running = asyncio.create_task(connection.run(receive), name="event-stream")
+async def _serve(services: ConnectionServices, connection: Connection) -> AsyncIterator[bytes]:
+    """Serve the connection for as long as somebody takes the body."""
+    stream = EventStream(connection, services.metrics, services.outbox_bytes)
     try:
+        connection.open(stream)
         async for block in stream.body():
             yield block
     finally:
-        stream.ended.set()
-        await running
+        connection.ended(1005, "closed by the client")
+        connection.gone()

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
+import pytest
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as open_socket
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -44,6 +46,17 @@ def gateway_settings(redis_url: str, key_prefix: str, **overrides: object) -> Se
             **overrides,
         },
     )
+
+
+SERVERS = {"direct": None, "asgi": WebSocketsSansIOProtocol}
+"""WebSocket classes below the gateway: its own, and one of a server that knows nothing of it."""
+
+
+def use_server(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let gateways of this test run on one of ``SERVERS``."""
+    protocol = SERVERS[name]
+    if protocol is not None:
+        monkeypatch.setattr("gateway.server.RelayWebSocketProtocol", protocol)
 
 
 def token(user_id: str = "alice", ttl_s: float = 600, **claims: Any) -> str:

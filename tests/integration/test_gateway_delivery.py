@@ -13,6 +13,7 @@ import pytest
 from gateway.app import Gateway, running_gateway
 from relay.errors import CloseCode
 from tests.integration.gateway_support import (
+    SERVERS,
     Tab,
     Work,
     bearer,
@@ -21,6 +22,7 @@ from tests.integration.gateway_support import (
     raw_tab,
     tab,
     token,
+    use_server,
 )
 
 if TYPE_CHECKING:
@@ -41,8 +43,14 @@ KINDS = [
 ]
 
 
+@pytest.fixture(params=SERVERS)
+def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    use_server(request.param, monkeypatch)
+    return str(request.param)
+
+
 @pytest.fixture
-async def gateway(redis_url: str, key_prefix: str) -> AsyncIterator[Gateway]:
+async def gateway(redis_url: str, key_prefix: str, server: str) -> AsyncIterator[Gateway]:
     async with running_gateway(gateway_settings(redis_url, key_prefix)) as running:
         yield running
 
@@ -208,6 +216,7 @@ async def test_token_is_announced_refreshed_and_enforced(gateway: Gateway) -> No
         assert await refreshed.is_alive()
 
 
+@pytest.mark.usefixtures("server")
 async def test_client_that_does_not_read_costs_its_budget_and_nobody_else(
     redis_url: str, key_prefix: str
 ) -> None:
@@ -233,7 +242,7 @@ async def test_client_that_does_not_read_costs_its_budget_and_nobody_else(
                 if connection.connection_id != fast.frames[0]["connection_id"]
             ]
             # Its budget, and one page or frame above it, whatever was published.
-            assert stuck._outbox.size_bytes < 65_536 + 300_000  # type: ignore[attr-defined]
+            assert stuck._transport.size_bytes < 65_536 + 300_000  # type: ignore[attr-defined]
             while len([e for e in slow.events if e["type"] == "agent_completed"]) < 40:
                 await slow.receive()
             results = [
@@ -307,8 +316,8 @@ async def test_client_that_takes_nothing_is_closed_with_4410(
 async def test_client_that_does_not_answer_pings_is_closed_with_4408(
     redis_url: str, key_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.server.PING_INTERVAL_S", 0.2)
-    monkeypatch.setattr("gateway.server.PING_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("gateway.protocol.PING_INTERVAL_MS", 200)
+    monkeypatch.setattr("gateway.protocol.PING_TIMEOUT_MS", 300)
     settings = gateway_settings(redis_url, key_prefix)
     async with running_gateway(settings) as gateway, tab(gateway) as silent, tab(gateway) as lively:
         silent.socket.transport.pause_reading()

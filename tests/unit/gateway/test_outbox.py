@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.outbox import NO_PROGRESS_LIMIT_MS, Outbox
+from gateway.outbox import NO_PROGRESS_LIMIT_MS, Backlog, Outbox
 
 NOW = 1_000_000
 
@@ -79,3 +79,17 @@ def test_bound_is_the_budget_and_one_frame(sizes: list[int], budget: int) -> Non
                 sent += part
             assert outbox.has_room
     assert outbox.size_bytes >= 0
+
+
+def test_backlog_that_shrinks_is_progress_and_one_that_only_grows_is_not() -> None:
+    backlog = Backlog(1_000, NOW)
+    backlog.add(500)
+    backlog.look(1_500, NOW + 30_000)
+    assert backlog.stuck_at_ms == NOW + NO_PROGRESS_LIMIT_MS
+    assert not backlog.is_stuck(NOW + NO_PROGRESS_LIMIT_MS - 1)
+    # More than at first, and yet something was taken.
+    backlog.look(1_499, NOW + 40_000)
+    assert not backlog.is_stuck(NOW + NO_PROGRESS_LIMIT_MS)
+    assert backlog.stuck_at_ms == NOW + 40_000 + NO_PROGRESS_LIMIT_MS
+    backlog.look(1_499, NOW + 90_000)
+    assert backlog.is_stuck(NOW + 100_000)

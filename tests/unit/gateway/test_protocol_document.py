@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from gateway import outbox, session, websocket
+from gateway import outbox, protocol, session, wire
 from gateway.requests import FRAME_MODELS, CancelBody, InputBody, RunBody
 from gateway.server import FRAME_HEADROOM
 from relay.errors import AGENT_ERRORS, WIRE_ERRORS, CloseCode
@@ -103,5 +103,9 @@ def test_numbers_are_those_of_the_code() -> None:
     assert "one above four times that" in TEXT
     assert session.EXPIRY_WARNING_MS == 30_000
     assert "30 seconds before the token expires" in TEXT
+    assert (session.PINGS_AT_ONCE, session.PINGS_PER_SECOND) == (100, 20)
+    assert "100 at once and 20 a second" in TEXT
+    assert wire.MAX_FRAGMENTS == 1_000
+    assert "more than 1,000 fragments" in TEXT
     assert outbox.NO_PROGRESS_LIMIT_MS == 60_000
-    assert (websocket.PING_INTERVAL_S, websocket.PING_TIMEOUT_S) == (20, 20)
+    assert (protocol.PING_INTERVAL_MS, protocol.PING_TIMEOUT_MS) == (20_000, 20_000)

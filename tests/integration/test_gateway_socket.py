@@ -1,0 +1,259 @@
+"""The socket below a connection: what is on the wire, whoever is at the other end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import random
+import socket as sockets
+import struct
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from gateway import direct
+from gateway.app import Gateway, running_gateway
+from gateway.session import PINGS_AT_ONCE
+from gateway.wire import Opcode
+from relay.errors import CloseCode
+from tests.integration.gateway_support import (
+    Work,
+    bearer,
+    eventually,
+    gateway_settings,
+    tab,
+)
+from tests.unit.gateway.test_wire import sent
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+@pytest.fixture
+async def gateway(redis_url: str, key_prefix: str) -> AsyncIterator[Gateway]:
+    async with running_gateway(gateway_settings(redis_url, key_prefix)) as running:
+        yield running
+
+
+class Wire:
+    """A client that sends and sees bytes."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, opcode: int, data: bytes = b"", **options: Any) -> None:
+        self.writer.write(sent(opcode, data, **options))
+
+    async def receive(self) -> tuple[int, bytes]:
+        async with asyncio.timeout(5):
+            first, size = await self.reader.readexactly(2)
+            if size == 126:
+                [size] = struct.unpack("!H", await self.reader.readexactly(2))
+            elif size == 127:
+                [size] = struct.unpack("!Q", await self.reader.readexactly(8))
+            return first & 0x0F, await self.reader.readexactly(size)
+
+    async def until(self, opcode: int) -> bytes:
+        while True:
+            received, data = await self.receive()
+            if received == opcode:
+                return data
+
+    async def closed(self) -> int:
+        """Give the code of the close frame, once the end of the stream followed it."""
+        payload = await self.until(Opcode.CLOSE)
+        async with asyncio.timeout(5):
+            assert await self.reader.read() == b""
+        return int.from_bytes(payload[:2])
+
+    async def is_alive(self) -> bool:
+        self.send(Opcode.TEXT, b'{"type": "ping", "id": "alive"}')
+        while True:
+            frame = json.loads(await self.until(Opcode.TEXT))
+            if frame.get("id") == "alive":
+                return bool(frame["type"] == "pong")
+
+
+@contextlib.asynccontextmanager
+async def wire(gateway: Gateway, early: bytes = b"") -> AsyncIterator[Wire]:
+    host, port = gateway.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(
+            f"GET /v1/ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
+            "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+            f"Authorization: {bearer()['Authorization']}\r\n\r\n".encode()
+            + early
+        )
+        async with asyncio.timeout(5):
+            head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 101 ")
+        opened = Wire(reader, writer)
+        assert json.loads(await opened.until(Opcode.TEXT))["type"] == "connection_established"
+        yield opened
+    finally:
+        writer.close()
+
+
+async def test_ping_is_answered_with_its_payload_and_a_pong_is_not(gateway: Gateway) -> None:
+    async with wire(gateway) as opened:
+        opened.send(Opcode.PONG, b"nobody asked")
+        opened.send(Opcode.PING, b"are you there?")
+        assert await opened.receive() == (Opcode.PONG, b"are you there?")
+        assert await opened.is_alive()
+
+
+@pytest.mark.parametrize("opcode", [Opcode.PING, Opcode.PONG])
+async def test_flood_of_pings_closes_with_4429(gateway: Gateway, opcode: int) -> None:
+    async with wire(gateway) as opened, tab(gateway, "bob") as other:
+        for _ in range(PINGS_AT_ONCE // 2):
+            opened.send(opcode, b"x")
+        assert await opened.is_alive()
+        for _ in range(PINGS_AT_ONCE * 2):
+            opened.send(opcode, b"x")
+        payload = await opened.until(Opcode.CLOSE)
+        assert int.from_bytes(payload[:2]) == CloseCode.LIMIT
+        assert await other.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (sent(Opcode.TEXT, b"{}", mask=False), 1002),
+        (sent(Opcode.TEXT, b"{}", first=0xC0), 1002),
+        (sent(Opcode.TEXT, b"{", first=0) + sent(Opcode.TEXT, b"}"), 1002),
+        (sent(Opcode.TEXT, b"\xff"), 1007),
+        (sent(Opcode.CLOSE, b"\x03"), 1002),
+        (sent(Opcode.TEXT, first=0) + sent(Opcode.CONTINUATION, first=0) * 1_000, 1008),
+    ],
+)
+async def test_violation_is_told_although_more_was_sent_behind_it(
+    gateway: Gateway, data: bytes, code: int
+) -> None:
+    async with wire(gateway) as opened:
+        opened.writer.write(data + sent(Opcode.TEXT, b"x" * 60_000) * 20)
+        assert await opened.closed() == code
+
+        async def is_gone() -> bool:
+            return not len(gateway.pool)
+
+        await eventually(is_gone)
+        assert gateway.metrics.closed == {str(code): 1}
+
+
+async def test_close_is_answered_with_its_code_and_ends_the_stream(gateway: Gateway) -> None:
+    async with wire(gateway) as opened:
+        opened.send(Opcode.CLOSE, struct.pack("!H", 3001) + b"enough")
+        assert await opened.closed() == 3001
+    assert gateway.metrics.closed == {"3001": 1}
+
+
+async def test_requests_are_answered_in_their_order_however_they_arrive(
+    gateway: Gateway,
+) -> None:
+    async with Work(gateway.settings), wire(gateway) as opened:
+        requests = []
+        for number in range(5):
+            message = {"thread_id": f"t{number}", "content": "x"}
+            requests += [
+                {"type": "user_message", "id": f"m{number}", **message},
+                {"type": "ping", "id": f"p{number}"},
+            ]
+        data = b"".join(sent(Opcode.TEXT, json.dumps(request).encode()) for request in requests)
+        for start in range(0, len(data), 50):
+            opened.writer.write(data[start : start + 50])
+            await asyncio.sleep(0)
+        answers: list[dict[str, Any]] = []
+        while len(answers) < len(requests):
+            frame = json.loads(await opened.until(Opcode.TEXT))
+            if "id" in frame:
+                answers.append(frame)
+        assert [answer["id"] for answer in answers] == [request["id"] for request in requests]
+        assert {answer["type"] for answer in answers} == {"ack", "pong"}
+
+
+async def test_frame_behind_the_handshake_is_not_lost(gateway: Gateway) -> None:
+    async with wire(gateway, early=sent(Opcode.PING, b"early")) as opened:
+        assert await opened.until(Opcode.PONG) == b"early"
+
+
+async def test_idle_connection_has_no_task_and_keeps_nothing_of_its_handshake(
+    gateway: Gateway,
+) -> None:
+    async with wire(gateway) as opened:
+        assert await opened.is_alive()
+    tasks = len(asyncio.all_tasks())
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(5):
+            opened = await stack.enter_async_context(wire(gateway))
+            assert await opened.is_alive()
+        assert len(asyncio.all_tasks()) == tasks
+        gc.collect()
+        kept = [type(found).__name__ for found in gc.get_objects()]
+        assert kept.count("DirectTransport") == 5
+        for name in ("RelayWebSocketProtocol", "ServerProtocol", "FrameReader", "WebSocket"):
+            assert kept.count(name) == 0, name
+
+
+async def test_peer_that_vanishes_leaves_nothing_behind(gateway: Gateway) -> None:
+    reset = struct.pack("ii", 1, 0)
+    for data in (b"", sent(Opcode.TEXT, b"half")[:-2], sent(Opcode.TEXT, b"x", first=0)):
+        for hard in (False, True):
+            async with wire(gateway) as opened:
+                opened.writer.write(data)
+                await opened.writer.drain()
+                if hard:
+                    raw = opened.writer.get_extra_info("socket")
+                    raw.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, reset)
+
+    async def is_empty() -> bool:
+        return not len(gateway.pool) and len(gateway._wheel) == 0
+
+    await eventually(is_empty)
+    assert gateway.metrics.closed == {"1006": 6}
+    assert gateway._public is not None
+    assert not gateway._public.server_state.connections
+
+
+async def test_peer_that_closes_and_does_not_read_is_cut_off(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "FLUSH_S", 0.2)
+    async with Work(gateway.settings) as work, wire(gateway) as opened:
+        opened.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        [connection] = gateway.pool
+
+        async def is_clogged() -> bool:
+            await work.run(pieces=("x" * 200_000,))
+            return connection._transport.stuck_at_ms is not None  # type: ignore[attr-defined]
+
+        await eventually(is_clogged)
+        opened.send(Opcode.CLOSE)
+        assert gateway._public is not None
+        connections = gateway._public.server_state.connections
+
+        async def is_gone() -> bool:
+            return not connections
+
+        await eventually(is_gone)
+
+
+async def test_noise_on_many_sockets_harms_nobody(gateway: Gateway) -> None:
+    noise = random.Random(5)
+    async with tab(gateway, "bob") as other:
+        for _ in range(15):
+            async with wire(gateway) as opened:
+                for _ in range(5):
+                    opened.writer.write(noise.randbytes(noise.randrange(1, 2_000)))
+                with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                    await opened.until(Opcode.CLOSE)
+        assert await other.is_alive()
+
+    async def is_empty() -> bool:
+        return not len(gateway.pool) and len(gateway._wheel) == 0
+
+    await eventually(is_empty)
