@@ -19,15 +19,15 @@ _METHOD = """\
 Connections of as many users, idle, to one gateway process: resident memory with them less that
 before, divided by their number. A hundred connections were made and measured around before, so that
 what a process loads once is not counted. For the relay a connection is verified, subscribed and has
-its `connection_established`; 64 handshakes are under way at a time. Once all are open, they stay
-for {hold_s:g} s, in which each gets heartbeats and pings; then they are weighed once more, and all
-of them are still open. *Bare handshakes*: the same server with an application that takes
+its `connection_established`; 64 handshakes are under way at a time. Once all are open, those of
+the relay stay for {hold_s:g} s, in which each gets heartbeats and pings; then they are weighed once
+more. All are still open at the end. *Bare handshakes*: the same server with an application that takes
 connections and does nothing else (`benchmarks/bare_handshake.py`). The usual way needs a connection
 to Redis for each client, and with it more files at {most:,} than one process may open."""
 
 WARM_UP = 100
 SETTLE_S = 1.0
-HOLD_S = 30.0
+HOLD_S = 25.0
 """Longer than the intervals of heartbeats and pings."""
 
 
@@ -41,7 +41,7 @@ class _Weight:
 @dataclass(frozen=True)
 class _Candidate:
     steps: Sequence[_Weight]
-    later_kib: float
+    later_kib: float | None
 
 
 def measure(plan: Plan) -> Section:
@@ -61,10 +61,11 @@ def measure(plan: Plan) -> Section:
             continue
         missing = [""] * (len(steps) - len(mine))
         weights = [f"{weight.kib:.1f}" for weight in candidate.steps]
-        memory.rows.append([name, *weights, *missing, f"{candidate.later_kib:.1f}"])
+        later = "" if candidate.later_kib is None else f"{candidate.later_kib:.1f}"
+        memory.rows.append([name, *weights, *missing, later])
         speeds = [f"{weight.rate:,.0f}" for weight in candidate.steps]
         rates.rows.append([name, *speeds, *missing, f"{candidate.steps[-1].cpu_ms:.2f}"])
-        if name == RELAY:
+        if candidate.later_kib is not None:
             section.rounds[f"memory.{most}.KiB"] = [candidate.later_kib]
             last = candidate.steps[-1].kib
             for title, kib in (("", last), (f", {hold_s:g} s later", candidate.later_kib)):
@@ -95,9 +96,10 @@ def _weigh(plan: Plan, name: str, steps: Sequence[int], hold_s: float) -> _Candi
             connected = step
             kib = (process.rss_kib() - before_kib) / step
             weights.append(_Weight(kib, len(more) / took_s, (used_s - cpu_s) / len(more) * 1e3))
-        if name in (RELAY, BARE):
+        later_kib = None
+        if name == RELAY:
             time.sleep(hold_s)
-        later_kib = (process.rss_kib() - before_kib) / connected
+            later_kib = (process.rss_kib() - before_kib) / connected
         for load in loads:
             load.collect(0, timeout_s=1)
         return _Candidate(weights, later_kib)

@@ -33,7 +33,7 @@ Candidates take turns; medians of {rounds} rounds of {seconds:g} s."""
 
 def measure(plan: Plan) -> Section:
     users, rounds = plan.size(USERS, 100), plan.size(5, 1)
-    rates, seconds = plan.size((1_000, P99_RATE, P999_RATE), (500, 2_000)), plan.size(2.0, 1.0)
+    rates, seconds = plan.size((1_000, P99_RATE, P999_RATE), (500, 2_000)), plan.size(1.5, 1.0)
     counts: dict[tuple[int, str], list[Count]] = {}
     cpu_us: dict[tuple[int, str], list[float]] = {}
     section = Section(

@@ -83,6 +83,17 @@ def test_the_heavy_measurements_run_to_their_end() -> None:
         assert expected in done.stdout
 
 
+def test_variants_of_a_gateway_are_compared_with_it() -> None:
+    done = run_module("benchmarks.variants", "--rounds=1", "--seconds=0.1", "asyncio loop")
+    assert done.returncode == 0, done.stderr
+    _, _, base, variant = (
+        [cell.strip() for cell in line.split("|")] for line in done.stdout.strip().splitlines()
+    )
+    assert (base[1], variant[1]) == ("as it is", "asyncio loop")
+    assert base[4] == base[5] == "1.00"
+    assert float(variant[2]) > 0
+
+
 def test_scale_writes_tables_and_a_chart_and_keeps_what_people_wrote(tmp_path: Path) -> None:
     results, chart = tmp_path / "SCALE.md", tmp_path / "scale.svg"
     results.write_text("# old\n\n## Where the curves bend\n\nBecause of this.\n")
