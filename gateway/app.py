@@ -279,8 +279,13 @@ class Gateway:
             BaseException: What made a part fail that the gateway cannot do without.
         """
         await self._stop_asked.wait()
-        if self._failure is not None:
-            raise self._failure
+        self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """Raise what a part of the gateway failed with, if one did and nobody was told."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     # --- Parts that run all the time ---
 
@@ -459,11 +464,13 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
     Raises:
         ConfigurationError, RedisUnavailable, RedisMisconfigured: It cannot start; one sentence
             says why.
+        BaseException: What a part of it failed with meanwhile, after the block.
     """
     gateway = Gateway(settings)
     try:
         await gateway.start()
         yield gateway
+        gateway.raise_failure()
     finally:
         await gateway.stop()
 

@@ -1,0 +1,293 @@
+"""P1, the hard way: many users, all that can go wrong, and nobody sees an event of another user.
+
+Clients here are plain sockets that keep nothing but what the wire gave them: the relay's own client
+would hide a frame that should not have come. Every user's id is in all that is made for them, so a
+frame that names another user is a breach, whatever kind of frame it is. They also try what only an
+attacker would: another user's position, device, runs, and connections with no or bad tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import (
+    ConnectionClosed,
+    InvalidHandshake,
+    InvalidStatus,
+    WebSocketException,
+)
+from websockets.typing import Subprotocol
+
+from relay.tokens import mint_token
+from tests.conftest import OwnRedis
+from tests.faults.conftest import Report
+from tests.faults.sizes import sized
+from tests.support.stack import Stack
+
+ROOT = Path(__file__).parents[2]
+AGENTS = "tests.e2e.agents.marked_agents:worker"
+SOMEBODY = re.compile(r"user-\d{3}")
+AFTER_EXPIRY_S = 1.0
+EXPIRED_S = 60.0
+"""So long ago that no difference of clocks excuses it."""
+
+
+@dataclass(frozen=True)
+class Size:
+    users: int
+    seconds: float
+    kill_every_s: float
+
+
+@dataclass
+class Sightings:
+    """What all clients saw, counted; breaches are kept."""
+
+    breaches: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    runs: dict[str, str] = field(default_factory=dict)
+    positions: dict[str, str] = field(default_factory=dict)
+    lag_s: float = 0.0
+
+    async def watch_own_lag(self) -> None:
+        """Measure how late this process is: what it reads late did not come late."""
+        while True:
+            began_s = time.monotonic()
+            await asyncio.sleep(0.05)
+            self.lag_s = max(self.lag_s * 0.9, time.monotonic() - began_s - 0.05)
+
+
+class User:
+    """One user with one device, who comes and goes."""
+
+    def __init__(self, number: int, stack: Stack, seen: Sightings) -> None:
+        self.id = f"user-{number:03d}"
+        self._stack = stack
+        self._seen = seen
+        self._random = random.Random(number)
+        self._numbers = itertools.count()
+        self._own_runs: list[str] = []
+
+    async def live(self, end_s: float) -> None:
+        """Come and go until the end; every visit is one connection."""
+        await asyncio.sleep(self._random.random())
+        while time.monotonic() < end_s:
+            if self._random.random() < 0.1:
+                await self._intrude()
+            else:
+                await self._visit(end_s)
+            await asyncio.sleep(self._random.random() * 0.5)
+
+    # --- Visits ---
+
+    async def _visit(self, end_s: float) -> None:
+        ttl_s = self._random.uniform(1.5, 4.0) if self._random.random() < 0.3 else 3_600.0
+        expires_s = time.time() + ttl_s
+        try:
+            since = self._since()
+            socket = await self._connect(self._stack.token(self.id, ttl_s), since)
+        except InvalidStatus as error:
+            self._seen.counts[f"answered {error.response.status_code}"] += 1
+            return
+        except (OSError, WebSocketException, TimeoutError):
+            self._seen.counts["found a dead gateway"] += 1
+            return
+        self._seen.counts["connections"] += 1
+        self._seen.counts["from a position"] += ":" in since or since == "0"
+        # Longer than a short token lives: the gateway must end it.
+        stay_s = ttl_s + 3.0 if ttl_s < 10 else self._random.uniform(0.2, 5.0)
+        leave_s = min(time.monotonic() + stay_s, end_s)
+        acting = asyncio.create_task(self._act(socket))
+        try:
+            async with asyncio.timeout_at(_loop_time(leave_s)):
+                await self._read(socket, expires_s)
+        except TimeoutError:
+            if ttl_s < 10 and leave_s < end_s:
+                self._seen.breaches.append(f"{self.id} outlived its token")
+        except ConnectionClosed:
+            code = socket.close_code
+            self._seen.counts["ended by expiry" if code == 4401 else "lost"] += 1
+        finally:
+            acting.cancel()
+            await asyncio.gather(acting, return_exceptions=True)
+            if self._random.random() < 0.5:
+                # As a tab that is killed, or a phone that goes under ground.
+                socket.transport.abort()
+            await socket.close()
+
+    async def _connect(self, token: str, since: str) -> ClientConnection:
+        # One of three gateways, which may be dead at the moment; another user's device at times.
+        url = self._random.choice(self._stack.urls).replace("http", "ws", 1)
+        device = self.id if self._random.random() < 0.8 else self._other()
+        return await connect(
+            f"{url}/v1/ws?since={since}&client_id=device-of-{device.replace('user-', '')}",
+            additional_headers={"Authorization": f"Bearer {token}"},
+            subprotocols=[Subprotocol("relay.v1")],
+            open_timeout=10,
+            ping_interval=None,
+            close_timeout=1,
+            max_queue=None,
+            proxy=None,
+        )
+
+    def _since(self) -> str:
+        positions = self._seen.positions
+        own, others = positions.get(self.id, "0"), positions.get(self._other(), "0")
+        return self._random.choice(["active", "0", "now", own, own, others])
+
+    async def _read(self, socket: ClientConnection, expires_s: float) -> None:
+        is_established, is_bounded = False, False
+        async for text in socket:
+            now_s = time.time()
+            assert isinstance(text, str)
+            frame: dict[str, Any] = json.loads(text)
+            self._seen.counts["frames"] += 1
+            strangers = set(SOMEBODY.findall(text)) - {self.id}
+            if strangers:
+                self._seen.breaches.append(f"{self.id} saw {strangers}: {text[:300]}")
+            if frame["type"] == "connection_established":
+                is_established = True
+                # One that came just after its expiry is judged by the leeway for clocks.
+                is_bounded = now_s < expires_s
+                self._seen.positions[self.id] = frame["position"]
+            if "offset" in frame or frame["type"] == "event_part":
+                self._seen.counts["events"] += 1
+                if not is_established:
+                    self._seen.breaches.append(f"{self.id} got an event first: {text[:300]}")
+                late_s = now_s - expires_s
+                if is_bounded and late_s > AFTER_EXPIRY_S + self._seen.lag_s:
+                    self._seen.breaches.append(f"{self.id}, {late_s:.1f} s after expiry: {text}")
+                owner = self._seen.runs.setdefault(frame.get("run_id", ""), self.id)
+                if frame.get("run_id") and owner != self.id:
+                    self._seen.breaches.append(f"{self.id} saw a run of {owner}: {text[:300]}")
+                epoch = self._seen.positions[self.id].partition(":")[0]
+                self._seen.positions[self.id] = f"{epoch}:{frame['offset']}"
+            elif frame["type"] == "ack" and frame.get("run_id"):
+                self._own_runs.append(frame["run_id"])
+            elif frame["type"] == "error":
+                self._seen.counts[f"refused: {frame['code']}"] += 1
+
+    async def _act(self, socket: ClientConnection) -> None:
+        """Ask, stop own runs, and try to stop and to answer those of others."""
+        while True:
+            chance = self._random.random()
+            if chance < 0.6:
+                agent = "steady" if chance < 0.2 else "quick"
+                message: dict[str, Any] = {
+                    "type": "user_message",
+                    "thread_id": self._random.choice(["t1", "t2"]),
+                    "agent": agent,
+                    "content": f"{self.id} asks {next(self._numbers)}",
+                }
+            elif chance < 0.8 and self._own_runs:
+                message = {"type": "cancel", "run_id": self._random.choice(self._own_runs[-3:])}
+            elif runs := [run for run, owner in self._seen.runs.items() if owner != self.id]:
+                message = {"type": "cancel", "run_id": self._random.choice(runs)}
+                self._seen.counts["foreign runs tried"] += 1
+            else:
+                message = {"type": "ping"}
+            message["id"] = f"m{next(self._numbers)}"
+            await socket.send(json.dumps(message))
+            await asyncio.sleep(self._random.uniform(0.3, 1.5))
+
+    # --- Intrusions ---
+
+    async def _intrude(self) -> None:
+        """Try to connect without a right to; whatever comes over such a connection is a breach."""
+        other = self._other()
+        valid = self._stack.token(other)
+        token = self._random.choice(
+            [
+                "",
+                self._stack.token(other, -EXPIRED_S),
+                mint_token("somebody else's secret, long enough", other, 60),
+                valid[:-4] + ("aaaa" if not valid.endswith("aaaa") else "bbbb"),
+            ]
+        )
+        try:
+            socket = await self._connect(token, self._since())
+        except (OSError, InvalidHandshake, TimeoutError):
+            self._seen.counts["intruders refused"] += 1
+            return
+        except WebSocketException:
+            return
+        self._seen.breaches.append(f"{self.id} got in without a token of {other}")
+        await socket.close()
+
+    def _other(self) -> str:
+        while (other := f"user-{self._random.randrange(1_000):03d}") == self.id:
+            pass
+        return self._random.choice([*self._seen.positions, other])
+
+
+def _loop_time(monotonic_s: float) -> float:
+    return asyncio.get_running_loop().time() + monotonic_s - time.monotonic()
+
+
+@sized(
+    small=Size(users=30, seconds=8, kill_every_s=3),
+    full=Size(users=300, seconds=180, kill_every_s=5),
+)
+async def test_nobody_ever_sees_an_event_of_another(
+    size: Size, own_redis: OwnRedis, tmp_path: Path, report: Report
+) -> None:
+    server = await own_redis()
+    settings = {"MAX_QUEUED_RUNS_PER_USER": 1_000, "FRAMES_PER_SECOND": 100}
+    async with Stack(tmp_path, server.url, settings=settings) as stack:
+        await asyncio.gather(
+            stack.start_gateways(3),
+            stack.start_worker(AGENTS, ROOT),
+            stack.start_worker(AGENTS, ROOT),
+        )
+        seen = Sightings()
+        users = [User(number, stack, seen) for number in range(size.users)]
+        end_s = time.monotonic() + size.seconds
+        lag = asyncio.create_task(seen.watch_own_lag())
+        kills = asyncio.create_task(keep_killing(stack, size.kill_every_s, end_s))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for user in users:
+                    group.create_task(user.live(end_s))
+            killed = await kills
+        finally:
+            lag.cancel()
+            kills.cancel()
+            await asyncio.gather(lag, kills, return_exceptions=True)
+        report(
+            users=size.users,
+            seconds=size.seconds,
+            gateways_killed=killed,
+            runs=len(seen.runs),
+            breaches=len(seen.breaches),
+            **{name.replace(" ", "_"): count for name, count in sorted(seen.counts.items())},
+        )
+        assert not seen.breaches, seen.breaches[:5]
+        # There was something to see, and each of the things that could go wrong did.
+        assert killed
+        assert len(set(seen.runs.values())) == size.users
+        for what in ("events", "from a position", "ended by expiry", "lost", "intruders refused"):
+            assert seen.counts[what], what
+        assert seen.counts["refused: unknown_run"]
+        stack.assert_no_defects()
+
+
+async def keep_killing(stack: Stack, every_s: float, end_s: float) -> int:
+    """Kill the gateways in turn, each when the one before is back; give how many."""
+    killed = 0
+    while time.monotonic() + every_s < end_s:
+        await asyncio.sleep(every_s)
+        gateway = stack.gateways[killed % len(stack.gateways)]
+        await gateway.kill()
+        await stack.restart(gateway)
+        killed += 1
+    return killed
