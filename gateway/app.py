@@ -20,12 +20,13 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
-from gateway.auth import Authenticator, find_credential
+from gateway.auth import Authenticator
 from gateway.clock import steady_ms, wall_ms
 from gateway.cluster import Cluster
 from gateway.commands import RunCommands
 from gateway.connection_pool import PoolLimits, WebSocketConnectionPool
 from gateway.direct import TickWriter
+from gateway.doorkeeper import Doorkeeper, DoorLimits, Lobby
 from gateway.feed import FeedHub
 from gateway.handover import hand_over
 from gateway.handshake import websocket_routes
@@ -129,6 +130,14 @@ class Gateway:
             issuer=settings.jwt_issuer,
             audience=settings.jwt_audience,
         )
+        limits = DoorLimits(
+            waiting=settings.max_waiting_sockets,
+            waiting_per_address=settings.max_waiting_sockets_per_address,
+            failures_per_minute=settings.max_failed_logins_per_minute,
+            trusted_proxies=settings.proxies,
+        )
+        self._door = Doorkeeper(limits, time.monotonic)
+        self._lobby = Lobby(limits)
         self._tickets = TicketOffice(self.link, keys)
         self._revocation_log = RevocationLog(self.link, keys)
         self._revocations = RevocationWatch(self._revocation_log, self._close_revoked, wall_ms)
@@ -137,6 +146,7 @@ class Gateway:
             self._tickets,
             settings.allowed_origins,
             self._revocations.is_revoked,
+            self._door,
             time.time,
         )
         registry = RunRegistry(
@@ -211,7 +221,9 @@ class Gateway:
             RedisUnavailable, RedisMisconfigured: Redis cannot serve us.
         """
         settings = self.settings
-        config = server_config(build_app(self), max_frame_bytes=settings.max_frame_bytes)
+        config = server_config(
+            build_app(self), max_frame_bytes=settings.max_frame_bytes, lobby=self._lobby
+        )
         admin_config = server_config(
             build_internal_app(self), max_frame_bytes=settings.max_frame_bytes
         )
@@ -380,6 +392,19 @@ class Gateway:
             "Time since a probe came back through Redis.",
             lambda: self.health.probe_age_s,
         )
+        observe(
+            "relay_waiting_sockets", "Sockets without a whole request.", lambda: len(self._lobby)
+        )
+        observe(
+            "relay_failing_addresses",
+            "Addresses that showed tokens or tickets that were worth nothing.",
+            lambda: self._door.addresses,
+        )
+        self.metrics.observe_count(
+            "relay_sockets_turned_away",
+            "Sockets without a whole request that had to make room.",
+            lambda: self._lobby.turned_away,
+        )
         observe("relay_revocations", "Revocations in force.", lambda: len(self._revocations))
         self.metrics.observe_count(
             "relay_catch_ups",
@@ -400,8 +425,7 @@ class Gateway:
         Raises:
             RequestRefused, TokenRejected: There is none.
         """
-        credential = find_credential(request.headers, request.query_params)
-        return await self._authenticator.identify(credential)
+        return await self._authenticator.identify_peer(request)
 
     def public_routes(self) -> list[BaseRoute]:
         """Give the routes of the public listener."""

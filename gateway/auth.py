@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
+from starlette.requests import HTTPConnection
+
+from gateway.doorkeeper import Doorkeeper
 from gateway.tickets import TicketOffice
 from relay.errors import RequestRefused, TokenRejected
 from relay.tokens import Identity, TokenVerifier, looks_like_token
@@ -99,6 +102,8 @@ def is_origin_allowed(origin: str | None, host: str | None, allowed: Collection[
     port = _DEFAULT_PORTS.get(parts.scheme)
     if port is None or not parts.netloc or host is None:
         return False
+    if given != f"{parts.scheme}://{parts.netloc}":
+        return False  # An origin has no path, no query and no fragment (RFC 6454 section 6.2).
     return parts.netloc.removesuffix(port) == host.lower().removesuffix(port)
 
 
@@ -110,6 +115,7 @@ class Authenticator:
         tickets: For tickets.
         allowed_origins: Origins beside the gateway's own.
         is_revoked: Tells whether the token behind an identity was revoked.
+        door: Bounds what those may cost who have shown nothing valid.
         now_s: The wall clock.
     """
 
@@ -119,12 +125,14 @@ class Authenticator:
         tickets: TicketOffice,
         allowed_origins: Collection[str],
         is_revoked: Callable[[Identity], bool],
+        door: Doorkeeper,
         now_s: Callable[[], float],
     ) -> None:
         self._verifier = verifier
         self._tickets = tickets
         self._allowed_origins = frozenset(allowed_origins)
         self._is_revoked = is_revoked
+        self._door = door
         self._now_s = now_s
 
     def check_origin(self, headers: Mapping[str, str]) -> None:
@@ -140,6 +148,26 @@ class Authenticator:
                 f"Pages of the origin {str(origin)[:200]} may not connect to this gateway.",
                 suggestions=("Add the origin to RELAY_ALLOWED_ORIGINS.",),
             )
+
+    async def identify_peer(
+        self, connection: HTTPConnection, *, allow_ticket: bool = False
+    ) -> Identity:
+        """Give the identity behind a request or an upgrade: the one way in.
+
+        Raises:
+            TokenRejected, RequestRefused, RedisUnavailable: As for ``identify``; also
+                ``rate_limited``: its address shows too much that is worth nothing.
+        """
+        credential = find_credential(
+            connection.headers,
+            connection.query_params,
+            connection.scope.get("subprotocols", ()),
+            allow_ticket=allow_ticket,
+        )
+        peer = connection.client.host if connection.client is not None else None
+        address = self._door.address_of(peer, connection.headers.getlist("x-forwarded-for"))
+        with self._door.checking(address, is_costly=credential.kind == "ticket"):
+            return await self.identify(credential)
 
     async def identify(self, credential: Credential) -> Identity:
         """Verify a credential.

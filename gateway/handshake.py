@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from gateway.auth import BEARER_SUBPROTOCOL, SUBPROTOCOL, find_credential
+from gateway.auth import BEARER_SUBPROTOCOL, SUBPROTOCOL
 from gateway.feed import parse_since
 from gateway.http.problems import problem
 from gateway.protocol import Connection, ConnectionServices
@@ -89,13 +89,7 @@ async def admit(
     check_subprotocols(websocket.scope["subprotocols"])
     authenticator = services.authenticator
     authenticator.check_origin(websocket.headers)
-    credential = find_credential(
-        websocket.headers,
-        websocket.query_params,
-        websocket.scope["subprotocols"],
-        allow_ticket=True,
-    )
-    identity = await authenticator.identify(credential)
+    identity = await authenticator.identify_peer(websocket, allow_ticket=True)
     since, client_id = read_query(websocket.query_params)
     if not services.hub.subscriber.is_connected:
         raise RequestRefused("unavailable", retry_after_ms=UNAVAILABLE_RETRY_MS)

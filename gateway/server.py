@@ -13,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from gateway.doorkeeper import Lobby
 from gateway.websocket import RelayWebSocketProtocol
 from relay.errors import ConfigurationError
 
@@ -29,6 +30,11 @@ GRACE_S = 5
 
 REQUEST_S = 15.0
 """A request, headers and body, is here by then, or its connection is closed."""
+
+TURNED_AWAY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\n"
+    b"Content-Length: 0\r\nConnection: close\r\n\r\n"
+)
 
 FRAME_HEADROOM = 4
 """uvicorn's own limit lies this much above ours: up to it, a client is told instead of closed."""
@@ -113,6 +119,7 @@ class RelayHttpProtocol(H11Protocol):
         """Give the first request its time."""
         super().connection_made(transport)
         self._give_time()
+        self._enter_lobby()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; more time is given to the next request only, not for each piece."""
@@ -120,9 +127,11 @@ class RelayHttpProtocol(H11Protocol):
         is_ours = self.transport.get_protocol() is self
         if is_ours and self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
             self._give_time()
+            self._enter_lobby()
         else:
             # The request is here, or a WebSocket session took over, with deadlines of its own.
             self._stop_timer()
+            self._leave_lobby()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Let the WebSocket protocol go on, also with what came behind the request."""
@@ -135,7 +144,21 @@ class RelayHttpProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._stop_timer()
+        self._leave_lobby()
         super().connection_lost(exc)
+
+    def turn_away(self) -> None:
+        """Close this connection, which has sent no whole request, to make room for another."""
+        self.transport.write(TURNED_AWAY)
+        self.transport.close()
+
+    def _enter_lobby(self) -> None:
+        if isinstance(self.config, ServerConfig) and self.config.lobby is not None:
+            self.config.lobby.enter(self, self.client[0] if self.client else None)
+
+    def _leave_lobby(self) -> None:
+        if isinstance(self.config, ServerConfig) and self.config.lobby is not None:
+            self.config.lobby.leave(self)
 
     def _give_time(self) -> None:
         if self._deadline is None:
@@ -151,9 +174,23 @@ class RelayHttpProtocol(H11Protocol):
         self.transport.close()
 
 
-def server_config(app: ASGIApp, *, max_frame_bytes: int) -> uvicorn.Config:
-    """Configure uvicorn. Its own log lines name URLs, so only its warnings are let through."""
-    return uvicorn.Config(
+class ServerConfig(uvicorn.Config):
+    """uvicorn's configuration, with what our protocol needs beside it."""
+
+    lobby: Lobby | None = None
+
+
+def server_config(
+    app: ASGIApp, *, max_frame_bytes: int, lobby: Lobby | None = None
+) -> uvicorn.Config:
+    """Configure uvicorn. Its own log lines name URLs, so only its warnings are let through.
+
+    Args:
+        app: What is served.
+        max_frame_bytes: Longest frame that a client may send.
+        lobby: Bounds the sockets without a whole request.
+    """
+    config = ServerConfig(
         app,
         http=RelayHttpProtocol,
         ws=RelayWebSocketProtocol,
@@ -169,7 +206,12 @@ def server_config(app: ASGIApp, *, max_frame_bytes: int) -> uvicorn.Config:
         server_header=False,
         backlog=BACKLOG,
         timeout_graceful_shutdown=GRACE_S,
+        # It would believe X-Forwarded-For from this machine, and take over the scheme from it. Whom
+        # we believe is configured, and for limits only.
+        proxy_headers=False,
     )
+    config.lobby = lobby
+    return config
 
 
 class Listener(uvicorn.Server):

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -168,6 +168,23 @@ class Settings(BaseSettings):
     max_connections_per_node: int = _whole(
         20_000, 1, 1_000_000, "Connections that one gateway takes, of all users."
     )
+    max_waiting_sockets: int = _whole(
+        4_096, 16, 1_000_000, "Sockets without a whole request; the oldest goes for a newer one."
+    )
+    max_waiting_sockets_per_address: int = _whole(
+        2_048, 1, 1_000_000, "The same, of one address that is no trusted proxy."
+    )
+    max_failed_logins_per_minute: int = _whole(
+        600,
+        1,
+        1_000_000,
+        "Tokens and tickets of one address that may turn out not to be valid.",
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = _text(
+        (),
+        "addresses or networks, comma-separated, each like 10.0.0.7 or 10.0.0.0/8",
+        "Load balancers whose `X-Forwarded-For` names the client.",
+    )
     max_active_runs_per_user: int = _whole(
         10, 1, 10_000, "Runs that one user may have at work at once; more are queued."
     )
@@ -190,7 +207,7 @@ class Settings(BaseSettings):
         "Form of log lines; auto is console on a terminal and json elsewhere.",
     )
 
-    @field_validator("jwt_secret", "allowed_origins", mode="before")
+    @field_validator("jwt_secret", "allowed_origins", "trusted_proxies", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         if isinstance(value, str):
@@ -258,6 +275,11 @@ class Settings(BaseSettings):
     def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(_checked_origin(origin) for origin in value)
 
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_proxies(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(ip_network(network)) for network in value)
+
     @field_validator("jwt_audience")
     @classmethod
     def _check_audience(cls, value: str | None, info: ValidationInfo) -> str | None:
@@ -273,6 +295,11 @@ class Settings(BaseSettings):
     def redis_location(self) -> str:
         """The Redis address without its password, for people."""
         return hide_password(self.redis_url)
+
+    @property
+    def proxies(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """The trusted proxies."""
+        return tuple(ip_network(network) for network in self.trusted_proxies)
 
     @property
     def secrets(self) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway.auth import find_credential
 from gateway.handshake import read_query
 from gateway.metrics import GatewayMetrics
 from gateway.protocol import Connection, ConnectionServices
@@ -94,9 +93,7 @@ def event_routes(services: ConnectionServices, check_open: Callable[[], None]) -
     async def listen(request: Request) -> Response:
         check_open()
         services.authenticator.check_origin(request.headers)
-        identity = await services.authenticator.identify(
-            find_credential(request.headers, request.query_params)
-        )
+        identity = await services.authenticator.identify_peer(request)
         query = dict(request.query_params)
         resume = request.headers.get("last-event-id")
         if resume:
