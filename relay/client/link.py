@@ -100,6 +100,11 @@ class Link:
             with contextlib.suppress(ConnectionClosed):
                 await self._socket.send(frame, text=True)
 
+    def drop(self) -> None:
+        """Break the connection without a closing handshake, as a lost network does."""
+        if self._socket is not None:
+            self._socket.transport.abort()
+
     async def _connect_once(self, base: str) -> tuple[Retry | Stop, str]:
         token = self._token if isinstance(self._token, str) else await self._token()
         self.state.opening()

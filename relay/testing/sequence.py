@@ -24,10 +24,6 @@ from relay.events import EventType
 from relay.grammar import RunGrammar
 
 SHOWN_FRAMES = 12
-_CONTROL = frozenset(
-    {"ack", "error", "degraded", "reconnect", "token_expiring", "connection_established"}
-    | {"heartbeat", "pong", "reset", "event_part"}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +61,9 @@ class _Run:
 
 
 class _Client:
-    def __init__(self, name: str, user_id: str, *, sees_all: bool) -> None:
+    def __init__(self, name: str, user_id: str, *, sees_all: bool, holds_texts: bool) -> None:
         self.name = name
+        self.holds_texts = holds_texts
         self.user_id = user_id
         self.sees_all = sees_all
         self.epoch: str | None = None
@@ -93,7 +90,7 @@ class _Client:
             self._rebase(frame["position"])
         elif kind == "event_part":
             self._receive_part(frame)
-        elif kind not in _CONTROL:
+        elif "offset" in frame:
             self._receive_event(frame)
 
     def forget(self) -> None:
@@ -161,7 +158,8 @@ class _Client:
             self.lifecycle[run_id, kind, _canonical(event["data"])] += 1
         self._check_grammar(run, event)
         if kind == EventType.TEXT_DELTA:
-            self._place_text(run, event)
+            if self.holds_texts:
+                self._place_text(run, event)
         elif kind in (EventType.AGENT_STARTED, EventType.AGENT_RETRYING):
             run.attempt = event["attempt"]
 
@@ -213,9 +211,14 @@ class _Client:
 
 
 class SequenceChecker:
-    """Accounts for every event of every user and client. Not tied to any test framework."""
+    """Accounts for every event of every user and client. Not tied to any test framework.
 
-    def __init__(self) -> None:
+    Args:
+        holds_texts: Whether streamed text is put together, which costs time with long texts.
+    """
+
+    def __init__(self, *, holds_texts: bool = True) -> None:
+        self._holds_texts = holds_texts
         self._clients: dict[str, _Client] = {}
         self._published: dict[str, Counter[tuple[str, str, str]]] = {}
         self._owner: dict[str, str] = {}
@@ -250,7 +253,9 @@ class SequenceChecker:
             sees_all: Whether it is there from the beginning. Otherwise what it has missed before
                 its first event of a run counts for nothing.
         """
-        self._clients[name] = _Client(name, user_id, sees_all=sees_all)
+        self._clients[name] = _Client(
+            name, user_id, sees_all=sees_all, holds_texts=self._holds_texts
+        )
 
     def reloaded(self, name: str) -> None:
         """Note that a client dropped all that it knew, as a reloaded page does."""

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
-from tests.support.processes import ManagedProcess
+from relay.testing.processes import ManagedProcess
 from tests.support.redis_server import free_port
 from tests.support.stack_process import RELAY, clean_environment, run_relay
 from tests.test_architecture import shell_commands

@@ -15,10 +15,10 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from relay.testing.processes import ManagedProcess
 from tests.faults.accounts import arrive, verify
 from tests.faults.load import Load, keep_publishing
 from tests.support.fleet import Fleet
-from tests.support.processes import ManagedProcess
 from tests.support.stack import GatewayProcess, Stack
 
 EVENTS_PER_S = 100

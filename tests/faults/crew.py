@@ -16,11 +16,11 @@ from relay.codec import splice
 from relay.config import Settings, load_settings
 from relay.events import TERMINAL
 from relay.testing import SequenceChecker
+from relay.testing.processes import ManagedProcess
 from relay.workers import LivingWorker, list_workers
 from tests.faults.worker_agents import BEGUN, FINISHED
 from tests.integration.worker_support import Client, eventually
 from tests.support.fleet import Fleet, FleetClient, Frame
-from tests.support.processes import ManagedProcess
 from tests.support.stack import Stack
 
 ROOT = Path(__file__).parents[2]

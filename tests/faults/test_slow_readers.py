@@ -14,7 +14,7 @@ from tests.faults.load import Load, LoadRun, keep_publishing
 from tests.faults.sizes import one_size, sized
 from tests.support.fleet import Fleet, percentile
 from tests.support.proxy import TcpProxy
-from tests.support.stack import Stack
+from tests.support.stack import Stack, rss_bytes
 
 SLOW_BYTES_PER_S = 1_024
 FAST_READERS = 10
@@ -73,14 +73,14 @@ async def test_a_slow_reader_costs_little_and_disturbs_nobody(
                 await before.complete()
                 await arrive(load.runs, fleet.clients)
                 seen = [len(client.events) for client in fast]
-                rss_before = gateway.rss_bytes
+                rss_before = rss_bytes(gateway)
 
                 slow = fleet.add("alice", since="now", name="slow", urls=[modem.url])
                 await slow.start()
                 run = await load.open("alice")
                 await stream_for(run, size)
                 await run.settle()
-                grown = gateway.rss_bytes - rss_before
+                grown = rss_bytes(gateway) - rss_before
                 is_behind = slow.texts(run.run_id).pieces != fast[0].texts(run.run_id).pieces
                 assert is_behind, "the slow reader was not slow"
                 modem.limit(None)

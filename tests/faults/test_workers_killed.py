@@ -8,6 +8,7 @@ from pathlib import Path
 
 from relay.dead_letters import DeadLetters
 from relay.keys import Keys
+from relay.testing.processes import ManagedProcess
 from tests.conftest import OwnRedis
 from tests.faults.conftest import Report
 from tests.faults.crew import (
@@ -34,7 +35,6 @@ from tests.faults.sizes import sized
 from tests.faults.worker_agents import talked
 from tests.integration.worker_support import Client
 from tests.support.fleet import Fleet, percentile
-from tests.support.processes import ManagedProcess
 from tests.support.stack import Stack
 
 MARGIN_S = 2.5

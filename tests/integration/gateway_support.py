@@ -27,6 +27,7 @@ from relay.publisher import Publisher
 from relay.run_model import AgentInfo, Claim, SubmitRequest
 from relay.runs import RunRegistry
 from relay.scripts import RedisLink
+from relay.testing import streams
 from relay.tokens import mint_token
 from tests.support.acl import as_owner, as_user
 
@@ -86,6 +87,7 @@ class Tab:
     def __init__(self, socket: ClientConnection) -> None:
         self.socket = socket
         self.frames: list[dict[str, Any]] = []
+        streams.record("tab", None, lambda: self.frames)
 
     async def receive(self, deadline_s: float = DEADLINE_S) -> dict[str, Any]:
         async with asyncio.timeout(deadline_s):

@@ -22,10 +22,10 @@ from gateway.app import running_gateway
 from relay.errors import RedisMisconfigured
 from relay.keys import Keys
 from relay.scripts import RedisLink, mapped_errors
+from relay.testing.processes import ManagedProcess
 from tests.conftest import OwnRedis
 from tests.integration.gateway_support import eventually, gateway_settings, tab
 from tests.support.acl import ACL_FILES, ROLES, as_user, settings_as
-from tests.support.processes import ManagedProcess
 from tests.support.redis_server import find_redis_server, free_port
 from tests.support.stack_process import run_relay
 

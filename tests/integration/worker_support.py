@@ -18,6 +18,7 @@ from relay.keys import Keys
 from relay.run_model import RunDetail, RunLimits, SubmitRequest
 from relay.runs import RunRegistry
 from relay.scripts import RedisLink
+from relay.testing import streams
 from tests.support.acl import as_owner, as_user
 
 DEADLINE_S = 10.0
@@ -54,6 +55,8 @@ class Client:
             dispatch_check_ms=settings.lease_ms, cancel_grace_ms=settings.cancel_grace_ms
         )
         self.registry = RunRegistry(self.link, self.keys, limits)
+        self._read: dict[int, dict[str, Any]] = {}
+        streams.record("log", user_id, lambda: [self._read[at] for at in sorted(self._read)])
 
     async def __aenter__(self) -> Client:
         return self
@@ -102,7 +105,9 @@ class Client:
             orjson.loads(splice(fields[b"e"], int(entry_id.split(b"-")[0]), int(fields[b"s"])))
             for entry_id, fields in entries
         ]
-        return [event for event in events if event.get("run_id") == run_id]
+        found = [event for event in events if event.get("run_id") == run_id]
+        self._read |= {event["offset"]: event for event in found}
+        return found
 
     async def checked_log(self, run_id: str) -> list[dict[str, Any]]:
         """Give the run's events after making sure that they are whole, legal and in order."""

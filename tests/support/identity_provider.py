@@ -20,7 +20,7 @@ import httpx
 import jwt.algorithms
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from tests.support.processes import ManagedProcess
+from relay.testing.processes import ManagedProcess
 from tests.support.redis_server import free_port
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 from typing import TYPE_CHECKING
 
-import psutil
+from relay.lifeline import Lifeline
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ EXIT_DEADLINE_S = 30.0
 
 
 class ManagedProcess:
-    """One child process. Its output goes to ``log_path``, also over several starts.
+    """One child process, which ends with this one. Its output goes to ``log_path``.
 
     Args:
         command: What to run.
         environment: All of its environment.
         folder: Its current folder.
-        log_path: Where stdout and stderr go.
+        log_path: Where stdout and stderr go, also over several starts.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class ManagedProcess:
         self._environment = dict(environment)
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
+        self._lifeline: Lifeline | None = None
 
     @property
     def pid(self) -> int:
@@ -63,18 +64,14 @@ class ManagedProcess:
         """All output so far."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
-    @property
-    def rss_bytes(self) -> int:
-        """Memory that the process holds in RAM."""
-        return int(psutil.Process(self.pid).memory_info().rss)
-
     def start(self) -> None:
         """Start it; whether it serves is for the caller to find out."""
         if self.is_running:
             raise RuntimeError("the process is running already")
+        self._release()
         with self.log_path.open("ab") as log:
             # A session of its own: Ctrl-C in the terminal must reach pytest first.
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: S603 (the test says what to run)
                 self._command,
                 env=self._environment,
                 cwd=self._folder,
@@ -83,6 +80,8 @@ class ManagedProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        # Nothing of a test outlives it, even if pytest itself is killed.
+        self._lifeline = Lifeline.for_process_group(self._process.pid, grace_s=1)
 
     def pause(self) -> None:
         """Freeze it (SIGSTOP): its sockets stay open and nothing answers."""
@@ -111,7 +110,9 @@ class ManagedProcess:
         """Wait for its end and give the exit code."""
         if self._process is None:
             raise RuntimeError("the process has not been started")
-        return await asyncio.to_thread(self._process.wait, deadline_s)
+        code = await asyncio.to_thread(self._process.wait, deadline_s)
+        self._release()
+        return code
 
     def end_blocking(self) -> None:
         """Kill it, whatever its state, and reap it."""
@@ -120,6 +121,12 @@ class ManagedProcess:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         self._process.wait(EXIT_DEADLINE_S)
+        self._release()
+
+    def _release(self) -> None:
+        lifeline, self._lifeline = self._lifeline, None
+        if lifeline is not None:
+            lifeline.release()
 
     def _signal(self, number: signal.Signals) -> None:
         if not self.is_running or self._process is None:
