@@ -15,6 +15,7 @@ from relay.scripts import RedisLink, ScriptCall
 
 PAGE_BYTES = 256 * 1024
 
+_EVENT = int(Kind.EVENT)
 _TEXT_END = b'"}}'
 """What stands behind the text in a ``text_delta`` event."""
 
@@ -37,13 +38,17 @@ def page_from(user_id: str, read: Read, reply: Sequence[Any]) -> Page:
     """
     try:
         epoch, offset, floor, previous, covered, entries, texts, runs = reply
-        publications = [_publication(entry) for entry in entries]
+        publications = [
+            Publication(int(at), int(seq), _EVENT, run_id.decode(), event, int(size))
+            for at, seq, run_id, event, size in entries
+        ]
         marks: dict[int, TextMark] = {}
         for text in texts:
             publication, mark = _text(user_id, text, read.known)
             publications.append(publication)
             marks[publication.offset] = mark
-        publications.sort(key=lambda publication: publication.offset)
+        if texts:
+            publications.sort(key=lambda publication: publication.offset)
         return Page(
             epoch=epoch.decode("ascii"),
             offset=int(offset),
@@ -56,11 +61,6 @@ def page_from(user_id: str, read: Read, reply: Sequence[Any]) -> Page:
         )
     except (ValueError, TypeError, AttributeError) as error:
         raise DecodingFailed(f"the history of a channel cannot be read: {error}") from error
-
-
-def _publication(entry: Sequence[bytes]) -> Publication:
-    offset, seq, run_id, event, size, _ = entry
-    return Publication(int(offset), int(seq), Kind.EVENT, run_id.decode(), event, int(size))
 
 
 def _text(

@@ -6,8 +6,8 @@
 --         name, the bytes that it has; void in another epoch, where the text may be another one
 --
 -- Gives {epoch, offset, floor, previous epochs, covered, log entries, texts, runs}
---   entry {offset, seq, run id, event bytes or '', size, digest or ''}; bytes '' and size > 0: in
---     the body key; size 0: the body is lost
+--   entry {offset, seq, run id, event bytes or '', size}; bytes '' and size > 0: in the body key;
+--     size 0: the body is lost
 --   text  {last offset, name, bytes before, rest of the text, agent, thread, updated_ms, size};
 --     rest '' and size > 0: it is large, and read piece by piece
 --   run   {run id, then the fields of RUN_FIELDS}
@@ -36,17 +36,16 @@ if ARGV[9] == channel.epoch then
   end
 end
 
-local function read_entry(stored)
+local function read_entry(offset, values)
   local fields = {}
-  for index = 1, #stored[2], 2 do
-    fields[stored[2][index]] = stored[2][index + 1]
+  for index = 1, #values, 2 do
+    fields[values[index]] = values[index + 1]
   end
-  local offset = tonumber(string.match(stored[1], '^(%d+)'))
-  local size = fields.e and #fields.e or tonumber(fields.z)
-  if not fields.e and redis.call('EXISTS', BASE .. 'body:' .. int(offset)) == 0 then
-    size = 0
+  if fields.e then
+    return {offset, fields.s, fields.r, fields.e, #fields.e}
   end
-  return {int(offset), fields.s, fields.r, fields.e or '', int(size), fields.d or ''}
+  local has_body = redis.call('EXISTS', BASE .. 'body:' .. int(offset)) == 1
+  return {offset, fields.s, fields.r, '', has_body and tonumber(fields.z) or 0}
 end
 
 local function read_text(name, last)
@@ -74,14 +73,16 @@ local function read_text(name, last)
   return {last, name, int(before), text, run[1], run[2], run[3], int(size)}
 end
 
--- What lies above the offset was left by a script that failed; nobody was told of it.
-local stored = redis.call('XRANGE', LOG, int(after + 1) .. '-0', int(channel.offset) .. '-0',
-  'COUNT', PAGE_ENTRIES)
-local log_end = channel.offset
-if #stored == PAGE_ENTRIES then
-  log_end = tonumber(string.match(stored[PAGE_ENTRIES][1], '^(%d+)'))
+local stored, marks, log_end = {}, {}, channel.offset
+if after < channel.offset then
+  -- What lies above the offset was left by a script that failed; nobody was told of it.
+  stored = redis.call('XRANGE', LOG, int(after + 1) .. '-0', int(channel.offset) .. '-0', 'COUNT',
+    PAGE_ENTRIES)
+  if #stored == PAGE_ENTRIES then
+    log_end = tonumber(string.match(stored[PAGE_ENTRIES][1], '^(%d+)'))
+  end
+  marks = redis.call('ZRANGEBYSCORE', TEXTS, '(' .. int(after), int(log_end), 'WITHSCORES')
 end
-local marks = redis.call('ZRANGEBYSCORE', TEXTS, '(' .. int(after), int(log_end), 'WITHSCORES')
 
 local entries, texts, bytes = {}, {}, 0
 local covered = log_end
@@ -97,7 +98,7 @@ while log_index <= #stored or text_index <= #marks do
   local size = 0
   local entry, text
   if log_offset < text_offset then
-    entry = read_entry(stored[log_index])
+    entry = read_entry(log_offset, stored[log_index][2])
     log_index = log_index + 1
     size = #entry[4]
   else

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
+import pytest
 import pytest_asyncio
 import redis.asyncio
 
@@ -303,7 +304,10 @@ async def test_a_large_text_arrives_in_parts_and_grows_on(hub: FeedHub, channel:
     verify([tab], channel, run.run_id, 1, piece * 6 + "end")
 
 
-async def test_tabs_that_return_together_share_their_reads(hub: FeedHub, channel: Channel) -> None:
+@pytest.mark.parametrize("since", ["0", 1])
+async def test_tabs_that_return_together_share_their_reads(
+    hub: FeedHub, channel: Channel, since: str | int
+) -> None:
     run = await channel.started()
     await run.publish(run.event(thought="0"))
     await run.end()
@@ -317,11 +321,14 @@ async def test_tabs_that_return_together_share_their_reads(hub: FeedHub, channel
     hub._link.run_each = counted  # type: ignore[method-assign]
     tabs = [Tab() for _ in range(200)]
     for tab in tabs:
-        tab.attachment = hub.attach("alice", "0", tab)
+        place: Any = since if since == "0" else Position(run.epoch, 1)
+        tab.attachment = hub.attach("alice", place, tab)
     for tab in tabs:
         await tab.until_type("agent_completed")
     assert calls == ["read"]
-    verify(tabs, channel, run.run_id, 1)
+    for tab in tabs:
+        offsets = [frame["offset"] for frame in tab.frames if "offset" in frame]
+        assert offsets == list(range(int(since) + 1, 5))
 
 
 async def test_a_tab_that_cannot_be_written_to_is_sent_away_alone(
