@@ -29,6 +29,7 @@ import redis.asyncio
 from relay.testing import plugin
 from relay.testing.redis_source import running_redis
 from tests.support.acl import as_user, install_users
+from tests.support.balancer import find_haproxy
 from tests.support.browser import NO_BROWSER, find_browser
 from tests.support.redis_server import RedisServer, has_tls
 
@@ -45,6 +46,7 @@ REMEDIES = {
     "needs_node": "There is no node on PATH. Install it, for example: apt-get install nodejs.",
     "needs_npm": "There is no node or no npm on PATH. Install both: apt-get install nodejs npm.",
     "needs_browser": NO_BROWSER,
+    "needs_haproxy": "There is no haproxy on PATH. Install it: apt-get install haproxy.",
     "needs_redis_tls": "There is no redis-server with TLS on PATH: apt-get install redis-server.",
 }
 
@@ -76,6 +78,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "needs_node": shutil.which("node") is not None,
         "needs_npm": all(map(shutil.which, ("node", "npm"))),
         "needs_browser": find_browser() is not None,
+        "needs_haproxy": find_haproxy() is not None,
         "needs_redis_tls": has_tls(),
     }
     kept: list[pytest.Item] = []
