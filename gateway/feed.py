@@ -52,6 +52,7 @@ ANNOUNCE_AFTER_S = 1.0
 """Shorter outages are repaired without a word to the clients."""
 
 READS_PER_PIPELINE = 64
+TOLD_PER_TURN = 100
 TURN_S = 0.002
 """Answers are used for this long before the loop turns to others."""
 
@@ -314,10 +315,12 @@ class FeedHub:
             replies = await self._persist(lambda: self._link.run_each(calls))
             turn_s = loop.time()
             for shared, reply in zip(requests, replies, strict=True):
-                self._give(shared, reply)
-                if loop.time() - turn_s > TURN_S:
-                    await asyncio.sleep(0)
-                    turn_s = loop.time()
+                for request, answer in self._answers(shared, reply):
+                    self._answer(shared.owner, request, answer)
+                    self.perform(shared.owner)
+                    if loop.time() - turn_s > TURN_S:
+                        await asyncio.sleep(0)
+                        turn_s = loop.time()
         finally:
             self._pipelines.release()
 
@@ -328,8 +331,10 @@ class FeedHub:
             return fetch_call(self._link, self._keys, feed.user_id, request)
         return self._link.call("rotate", self._keys.user(feed.user_id), None, request.epoch)
 
-    def _give(self, shared: SharedRequest[UserFeed], reply: Any) -> None:
-        """Hand over an answer. What is wrong with one user's data holds up nobody else."""
+    def _answers(
+        self, shared: SharedRequest[UserFeed], reply: Any
+    ) -> Sequence[tuple[Request, Any]]:
+        """Give who gets what. What is wrong with one user's data holds up nobody else."""
         feed, first = shared.owner, shared.first
         try:
             if isinstance(reply, ScriptFailed):
@@ -339,12 +344,10 @@ class FeedHub:
             log.error("history not understood", user_id=feed.user_id, error=str(error))
             for request in shared.waiting:
                 self._later(_RETRY_MOST_S, partial(self._try_again, feed, request))
-            return
+            return []
         if isinstance(first, Rotate):
             log.warning("history contradicts itself: new epoch", user_id=feed.user_id)
-        for request in shared.waiting:
-            self._answer(feed, request, answer)
-        self.perform(feed)
+        return [(request, answer) for request in shared.waiting]
 
     def _answer(self, feed: UserFeed, request: Request, answer: Any) -> None:
         cursor = request.cursor if isinstance(request, FetchBody) else None
@@ -456,15 +459,20 @@ class FeedHub:
         self._outage = None
         if self._is_announced:
             self._is_announced = False
-            self._tell(None)
+            self._spawn(self._tell(None), "feed-tell")
 
     def _announce(self) -> None:
         if self._outage is not None and not self._is_announced:
             self._is_announced = True
-            self._tell("Redis is not reachable; events will follow when it is back.")
+            reason = "Redis is not reachable; events will follow when it is back."
+            self._spawn(self._tell(reason), "feed-tell")
 
-    def _tell(self, reason: str | None) -> None:
-        for feed in self._feeds.values():
+    async def _tell(self, reason: str | None) -> None:
+        for index, feed in enumerate(list(self._feeds.values())):
+            if index % TOLD_PER_TURN == 0:
+                await asyncio.sleep(0)
+                if self._is_announced != (reason is not None):
+                    return  # It is over, or has begun again: all are told that.
             for cursor in feed.cursors:
                 cast("ClientSink", cursor.sink).degraded(reason)
 
