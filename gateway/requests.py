@@ -107,7 +107,7 @@ class RefreshToken(Request):
 
     type: Literal["refresh_token"]
     id: Identifier
-    token: Annotated[str, Field(min_length=1)]
+    token: Annotated[str, Field(min_length=1, repr=False)]
 
 
 class Ping(Request):

@@ -6,7 +6,7 @@ Nothing here waits or sends. The shell (``protocol``) carries the effects out in
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gateway import frames
 from gateway.requests import (
@@ -80,7 +80,7 @@ class VerifyToken:
     """Verify a token; then call ``token_verified``, or ``refuse``."""
 
     frame_id: str
-    token: str
+    token: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

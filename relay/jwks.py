@@ -11,7 +11,7 @@ import asyncio
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any
 
@@ -47,7 +47,7 @@ PUBLIC_KEY_ALGORITHMS = frozenset((*_RSA_ALGORITHMS, *_CURVE_ALGORITHMS.values()
 class VerificationKey:
     """A key and the only algorithms that it may verify."""
 
-    key: Any
+    key: Any = field(repr=False)
     algorithms: tuple[str, ...]
     key_id: str | None = None
 

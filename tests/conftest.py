@@ -30,8 +30,9 @@ from relay.testing import plugin
 from relay.testing.redis_source import running_redis
 from tests.support.acl import as_user, install_users
 from tests.support.balancer import find_haproxy
-from tests.support.browser import NO_BROWSER, find_browser
+from tests.support.browser import NO_BROWSER, NO_FIREFOX, find_browser, find_firefox
 from tests.support.redis_server import RedisServer, has_tls
+from tests.support.secrets_watch import SecretsWatch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -47,6 +48,7 @@ REMEDIES = {
     "needs_npm": "There is no node or no npm on PATH. Install both: apt-get install nodejs npm.",
     "needs_browser": NO_BROWSER,
     "needs_haproxy": "There is no haproxy on PATH. Install it: apt-get install haproxy.",
+    "needs_firefox": NO_FIREFOX,
     "needs_redis_tls": "There is no redis-server with TLS on PATH: apt-get install redis-server.",
 }
 
@@ -59,6 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # Not every environment has this project installed with its entry points.
         config.pluginmanager.register(plugin, "relay")
     plugin.redis_source(config)
+    config.pluginmanager.register(SecretsWatch(config), "secrets-watch")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -71,6 +74,8 @@ def _rank(path: Path) -> int:
     return slowest_first.index(path.parent.name) if path.parent.name in slowest_first else 2
 
 
+# Last: a tool is not missing where -m or -k has left its tests out already.
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Take out the tests whose tool is missing; where CI is set nothing may be missing."""
     present = {
@@ -79,6 +84,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "needs_npm": all(map(shutil.which, ("node", "npm"))),
         "needs_browser": find_browser() is not None,
         "needs_haproxy": find_haproxy() is not None,
+        "needs_firefox": find_firefox() is not None,
         "needs_redis_tls": has_tls(),
     }
     kept: list[pytest.Item] = []

@@ -23,7 +23,7 @@ its `connection_established`; 64 handshakes are under way at a time. Once all ar
 the relay stay for {hold_s:g} s, in which each gets heartbeats and pings; then they are weighed once
 more. All are still open at the end. *Bare handshakes*: the same server with an application that
 takes connections and does nothing else (`benchmarks/bare_handshake.py`). The usual way needs a
-connection to Redis for each client, and with it more files at {most:,} than one process may open."""
+connection to Redis for each client, and so more files at {most:,} than one process may open."""
 
 WARM_UP = 100
 SETTLE_S = 1.0

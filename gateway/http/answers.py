@@ -106,7 +106,7 @@ class AnswerAccepted(Answer):
 class TicketIssued(Answer):
     """A ticket: one use, as `?ticket=` of the WebSocket."""
 
-    ticket: str
+    ticket: str = Field(repr=False)
     expires_in_s: Count
 
 

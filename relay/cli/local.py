@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import orjson
@@ -27,7 +27,7 @@ class RunningStack:
 
     pid: int
     gateways: list[str]
-    redis_url: str
+    redis_url: str = field(repr=False)
     key_prefix: str
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, build_opener
@@ -45,7 +45,7 @@ class StackPlan:
     redis_dir: Path | None
     ports: list[int]
     admin_ports: list[int]
-    secret: str
+    secret: str = field(repr=False)
     worker: str
     app_dir: Path
     default_agent: str | None

@@ -1,4 +1,4 @@
-"""The page in a real Chromium, on two gateways and two workers that share nothing but Redis."""
+"""The page in real browsers, on two gateways and two workers that share nothing but Redis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.e2e.agents.page_agents import HOSTILE_ANSWER, piece
 from tests.support.browser import Tab, new_tab, running_browser, take_screenshot
 from tests.support.stack import GatewayProcess, Stack
 
-pytestmark = [pytest.mark.needs_browser, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.timeout(180)]
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "How does a client resume after a reconnect?"
@@ -30,6 +30,18 @@ STORY = [
     "text_delta",
     "agent_completed",
 ]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("chromium", marks=[pytest.mark.needs_browser, pytest.mark.faults_both]),
+        pytest.param("firefox", marks=[pytest.mark.needs_firefox, pytest.mark.faults_full]),
+    ]
+)
+def browser_name(request: pytest.FixtureRequest) -> str:
+    """Each browser in ``make faults``; the quick one in ``make test``."""
+    name: str = request.param
+    return name
 
 
 class OpenTab(Protocol):
@@ -61,8 +73,11 @@ def stack(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture
-async def open_tab(stack: Stack) -> AsyncIterator[OpenTab]:
-    async with running_browser() as browser:
+async def open_tab(
+    stack: Stack, browser_name: str, request: pytest.FixtureRequest
+) -> AsyncIterator[OpenTab]:
+    scheme = request.node.callspec.params.get("scheme", "light")
+    async with running_browser(browser_name, scheme) as browser:
 
         async def opened(user_id: str, gateway: int, **options: Any) -> Tab:
             tab = await new_tab(browser, **options)
@@ -313,8 +328,10 @@ async def test_hostile_output_of_an_agent_is_inert(
         await tab.assert_quiet()
 
 
-async def test_page_without_a_token_asks_for_one(stack: Stack, user_id: str) -> None:
-    async with running_browser() as browser:
+async def test_page_without_a_token_asks_for_one(
+    stack: Stack, user_id: str, browser_name: str
+) -> None:
+    async with running_browser(browser_name) as browser:
         tab = await new_tab(browser)
         await tab.page.goto(stack.gateways[0].url)
         field = tab.get("token-field")
@@ -333,9 +350,9 @@ async def test_page_without_a_token_asks_for_one(stack: Stack, user_id: str) -> 
 
 
 async def test_page_says_why_a_token_is_refused_and_takes_another(
-    stack: Stack, user_id: str
+    stack: Stack, user_id: str, browser_name: str
 ) -> None:
-    async with running_browser() as browser:
+    async with running_browser(browser_name) as browser:
         tab = await new_tab(browser)
         expired = stack.token(user_id, ttl_s=-60)
         await tab.page.goto(f"{stack.gateways[0].url}/#token={expired}")

@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[2]
 AGENTS = "tests.e2e.agents.marked_agents:worker"
 SOMEBODY = re.compile(r"user-\d{3}")
 AFTER_EXPIRY_S = 1.0
+RESTART_DEADLINE_S = 120.0
 EXPIRED_S = 60.0
 """So long ago that no difference of clocks excuses it."""
 
@@ -47,6 +48,7 @@ class Size:
     users: int
     seconds: float
     kill_every_s: float
+    act_every_s: float
 
 
 @dataclass
@@ -70,10 +72,11 @@ class Sightings:
 class User:
     """One user with one device, who comes and goes."""
 
-    def __init__(self, number: int, stack: Stack, seen: Sightings) -> None:
+    def __init__(self, number: int, stack: Stack, seen: Sightings, act_every_s: float) -> None:
         self.id = f"user-{number:03d}"
         self._stack = stack
         self._seen = seen
+        self._act_every_s = act_every_s
         self._random = random.Random(number)
         self._numbers = itertools.count()
         self._own_runs: list[str] = []
@@ -198,7 +201,7 @@ class User:
                 message = {"type": "ping"}
             message["id"] = f"m{next(self._numbers)}"
             await socket.send(json.dumps(message))
-            await asyncio.sleep(self._random.uniform(0.3, 1.5))
+            await asyncio.sleep(self._random.uniform(0.3, 1.7) * self._act_every_s)
 
     # --- Intrusions ---
 
@@ -235,8 +238,8 @@ def _loop_time(monotonic_s: float) -> float:
 
 
 @sized(
-    small=Size(users=30, seconds=8, kill_every_s=3),
-    full=Size(users=300, seconds=180, kill_every_s=5),
+    small=Size(users=30, seconds=8, kill_every_s=3, act_every_s=1),
+    full=Size(users=300, seconds=180, kill_every_s=5, act_every_s=3),
 )
 async def test_nobody_ever_sees_an_event_of_another(
     size: Size, own_redis: OwnRedis, tmp_path: Path, report: Report
@@ -250,7 +253,7 @@ async def test_nobody_ever_sees_an_event_of_another(
             stack.start_worker(AGENTS, ROOT),
         )
         seen = Sightings()
-        users = [User(number, stack, seen) for number in range(size.users)]
+        users = [User(number, stack, seen, size.act_every_s) for number in range(size.users)]
         end_s = time.monotonic() + size.seconds
         lag = asyncio.create_task(seen.watch_own_lag())
         kills = asyncio.create_task(keep_killing(stack, size.kill_every_s, end_s))
@@ -288,6 +291,7 @@ async def keep_killing(stack: Stack, every_s: float, end_s: float) -> int:
         await asyncio.sleep(every_s)
         gateway = stack.gateways[killed % len(stack.gateways)]
         await gateway.kill()
-        await stack.restart(gateway)
+        gateway.start()
+        await gateway.wait_ready(RESTART_DEADLINE_S)
         killed += 1
     return killed

@@ -30,8 +30,9 @@ from relay.scripts import RedisLink
 from relay.testing import streams
 from relay.tokens import mint_token
 from tests.support.acl import as_owner, as_user
+from tests.support.secrets_watch import remember
 
-SECRET = "the secret of the tests: it is long enough"
+SECRET = remember("the secret of the tests: it is long enough", "the secret of the tests")
 DEADLINE_S = 10.0
 
 

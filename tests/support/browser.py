@@ -1,20 +1,26 @@
-"""A real Chromium that opens the page, and notes everything it complains about."""
+"""A real Chromium or Firefox that opens the page, and notes everything it complains about."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support import firefox
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
-    from playwright.async_api import Browser, BrowserContext, Locator, Page
+    from playwright.async_api import Browser, BrowserContext, Locator, Page, Playwright
+
+ROOT = Path(__file__).parents[2]
 
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome")
 NO_BROWSER = (
@@ -22,11 +28,18 @@ NO_BROWSER = (
     + ", ".join(BROWSER_NAMES)
     + " is on PATH, and CHROMIUM names none. Install one, for example: apt-get install chromium."
 )
+FIREFOX_NAMES = ("firefox-esr", "firefox")
+NO_FIREFOX = "There is no Firefox on PATH. Install it, for example: apt-get install firefox-esr."
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
 DEADLINE_MS = 20_000
 
-# What Chromium itself logs when a gateway is away; the page cannot prevent it.
-_NETWORK_COMPLAINT = re.compile(r"net::ERR_|WebSocket connection to '.*' failed")
+# What browsers themselves log when a gateway is away; the page cannot prevent it.
+_NETWORK_COMPLAINT = re.compile(
+    r"net::ERR_|WebSocket connection to '.*' failed"
+    r"|can.t establish a connection to the server|connection to .* was interrupted"
+)
+# Firefox's preference for the scheme that a page is told of.
+_SCHEMES = {"dark": 0, "light": 1}
 
 # In the page: remember every event, also text, and every breach of the policy.
 _WATCH = """
@@ -49,21 +62,54 @@ def find_browser() -> str | None:
     return next((path for name in candidates if (path := shutil.which(name))), None)
 
 
+def find_firefox() -> str | None:
+    """Give the path of a Firefox, if there is one."""
+    return next((path for name in FIREFOX_NAMES if (path := shutil.which(name))), None)
+
+
 @asynccontextmanager
-async def running_browser() -> AsyncIterator[Browser]:
-    """Start a browser of its own; a machine without one fails the test with what to do."""
+async def running_browser(
+    name: str = "chromium", color_scheme: str = "light"
+) -> AsyncIterator[Browser]:
+    """Start a browser of its own; a machine without one fails the test with what to do.
+
+    Args:
+        name: ``chromium`` or ``firefox``.
+        color_scheme: What pages in Firefox are told; in Chromium each tab has its own.
+    """
     # Here, because what is above is asked by every test session.
     from playwright.async_api import async_playwright
 
-    path = find_browser()
+    path = find_browser() if name == "chromium" else find_firefox()
     if path is None:
-        pytest.fail(NO_BROWSER, pytrace=False)
+        pytest.fail(NO_BROWSER if name == "chromium" else NO_FIREFOX, pytrace=False)
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+        if name == "chromium":
+            browser = await playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+        else:
+            browser = await _launch_firefox(playwright, path, color_scheme)
         try:
             yield browser
         finally:
             await browser.close()
+
+
+async def _launch_firefox(playwright: Playwright, path: str, color_scheme: str) -> Browser:
+    with TemporaryDirectory() as folder:
+        # Playwright takes a program without arguments; see the module that it runs.
+        program = Path(folder) / "firefox"
+        program.write_text(
+            f"#!/bin/sh\nexec '{sys.executable}' -m {firefox.__name__} '{path}' \"$@\"\n"
+        )
+        program.chmod(0o700)
+        return await playwright.firefox.launch(
+            channel="moz-firefox",
+            executable_path=program,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            firefox_user_prefs={
+                "layout.css.prefers-color-scheme.content-override": _SCHEMES[color_scheme]
+            },
+        )
 
 
 class Tab:
@@ -205,6 +251,9 @@ async def new_tab(browser: Browser, **options: Any) -> Tab:
         browser: Whose.
         options: Of the context: viewport, color_scheme and the like.
     """
+    if browser.browser_type.name == "firefox":
+        # A narrow window is all that it has of a phone, and its scheme is the browser's.
+        options = {name: value for name, value in options.items() if name == "viewport"}
     context: BrowserContext = await browser.new_context(
         **{"viewport": {"width": 1360, "height": 860}, **options}
     )

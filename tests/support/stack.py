@@ -10,6 +10,7 @@ import psutil
 from relay.testing.stack import READY_DEADLINE_S, GatewayProcess
 from relay.testing.stack import Stack as TestingStack
 from tests.support.acl import as_user
+from tests.support.secrets_watch import remember
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +34,7 @@ class Stack(TestingStack):
 
     def __init__(self, folder: Path, redis_url: str, **options: Any) -> None:
         super().__init__(folder, redis_url, login=as_user, **options)
+        remember(self.secret, "the secret of a stack")
 
     async def __aexit__(
         self,
