@@ -16,7 +16,7 @@ ROLES = ("gateway", "worker", "operator")
 _COMMAND = re.compile(r"run the '([^']+)' command")
 _OBJECT = re.compile(r"\b(?:one of the (?P<many>keys|channels)|an? (?P<one>key|channel))\b")
 _SCRIPT_LINE = re.compile(r"user_script:\s?(\d+)")
-_CALL = re.compile(rb"redis\.p?call\('(\w+)'")
+_CALL = re.compile(rb"\bp?call\('(\w+)'")
 
 _WORDS = ("NOAUTH", "WRONGPASS", "NOPERM")
 # From within a script the answer begins with ERR.

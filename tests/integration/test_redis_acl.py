@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,19 @@ def test_nobody_can_log_in_by_the_files_alone() -> None:
         assert commands == sorted(commands)
         assert not [rule for rule in commands if rule.startswith("+@")]
         assert rules.index("-@all") < rules.index(commands[0])
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_command_of_the_scripts_is_among_the_rights(role: str) -> None:
+    # A script runs with its caller's rights, and most of them are called by every part.
+    sources = (resources.files("relay") / "lua").iterdir()
+    used = {
+        f"+{command.lower()}"
+        for source in sources
+        for command in re.findall(r"call\('([A-Z]+)'", source.read_text())
+    }
+    assert len(used) > 20
+    assert used <= set((ACL_FILES / f"{role}.acl").read_text().split())
 
 
 @pytest.mark.parametrize(
