@@ -24,8 +24,8 @@ from relay.events import EventType
 
 if TYPE_CHECKING:
     from agent_worker.errands import Errands
-    from relay.publisher import RunStream
     from relay.run_model import Claim
+    from relay.run_stream import RunStream
 
 _log = structlog.get_logger(__name__)
 

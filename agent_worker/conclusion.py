@@ -12,7 +12,7 @@ from relay.amending import new_support_id
 from relay.errors import AgentError, EncodingFailed, InvalidEvent
 
 if TYPE_CHECKING:
-    from relay.publisher import RunStream
+    from relay.run_stream import RunStream
 
 
 async def publish_ending(

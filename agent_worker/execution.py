@@ -33,7 +33,7 @@ from relay.events import EventType
 from relay.retry import retry_delay_ms
 
 if TYPE_CHECKING:
-    from relay.publisher import RunStream
+    from relay.run_stream import RunStream
 
 REFUSED = "refused"
 RELEASED = "released"

@@ -10,7 +10,7 @@ from relay.errors import EncodingFailed, GrammarViolation, InvalidEvent
 from relay.events import EventType
 
 if TYPE_CHECKING:
-    from relay.publisher import RunStream
+    from relay.run_stream import RunStream
 
 
 class Outlet:

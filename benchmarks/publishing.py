@@ -19,8 +19,9 @@ import uvloop
 from benchmarks.load import event_sizes, user_name
 from relay.events import EventType
 from relay.keys import Keys
-from relay.publisher import Publisher, RunStream
+from relay.publisher import Publisher
 from relay.run_model import AgentInfo, Claim, SubmitRequest
+from relay.run_stream import RunStream
 from relay.runs import RunRegistry
 from relay.scripts import RedisLink
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relay.codec import RunEnvelope
+from relay.codec import EventEncoder, RunEnvelope
 from relay.columns import Columns
 from relay.errors import PublishRefused, RunEnded, StaleFence
 from relay.events import EventType, Kind
@@ -21,6 +21,17 @@ BATCH_BYTES = 512 * 1024
 
 REPLAY_BYTES = 1024 * 1024
 """Acknowledged batches kept, in case Redis falls back to an older copy and asks again."""
+
+STAGE_ABOVE_BYTES = 256 * 1024
+"""A larger event is written to Redis in pieces beforehand: one script call would hold it up."""
+
+TEXT_CHARS = 64 * 1024
+"""Longer pieces of text are cut, for the same reason."""
+
+KIND_STAGED = 3
+"""Kind of a lifecycle event of which the arguments have the size only; see ``_run.lua``."""
+
+_KIND_TEXT, _KIND_PROGRESS = int(Kind.TEXT), int(Kind.PROGRESS)
 
 Arguments = tuple[int | str | bytes, ...]
 
@@ -44,15 +55,23 @@ class _Item:
     arguments: Arguments
     size_bytes: int
     progress_of: str | None = None
+    body: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
-    """A numbered batch. It is sent again exactly as it is until it is acknowledged."""
+    """A numbered batch. It is sent again exactly as it is until it is acknowledged.
+
+    Attributes:
+        bodies: Events to stage beforehand, by their index in the batch.
+        is_staged: Whether Redis has them, as far as is known.
+    """
 
     number: int
     arguments: Arguments
     size_bytes: int
+    bodies: tuple[tuple[int, bytes], ...] = ()
+    is_staged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +86,9 @@ class Acknowledged:
     next_run: tuple[str, str] | None
 
 
+_NOTHING_NEW = Acknowledged(None, None)
+
+
 class OutgoingBatches:
     """The unacknowledged events of one attempt, in order.
 
@@ -74,9 +96,15 @@ class OutgoingBatches:
         envelope: The attempt.
         fence: Its fence.
         epoch: The channel's epoch when the run was claimed.
+
+    Attributes:
+        encoder: Gives the bytes of the attempt's events.
+        size_bytes: What Redis has not acknowledged yet.
     """
 
     def __init__(self, envelope: RunEnvelope, fence: str, epoch: str) -> None:
+        self.encoder = EventEncoder(envelope)
+        self.size_bytes = 0
         self._envelope = envelope
         self._fence = fence
         self._epoch = epoch
@@ -86,63 +114,79 @@ class OutgoingBatches:
         self._acknowledged_bytes = 0
         self._next_number = 1
         self._has_urgent = False
-        self._text_since_ms: int | None = None
         self._is_forced = False
         self._message_number = 0
-        self._message: tuple[int, int] | None = None
-        self.size_bytes = 0
+        self._is_in_message = False
+        self._position = self._bytes_before = 0
+        self._open_text: _Text | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether Redis has acknowledged everything."""
         return not self._pending and not self._sending
 
-    def due_at_ms(self, merge_ms: int) -> int | None:
-        """When the next batch should be sent: 0 at once, None if there is nothing to send."""
-        if self._sending or self._has_urgent:
-            return 0
-        if self._text_since_ms is not None:
-            return self._text_since_ms + merge_ms
-        return None
+    @property
+    def is_due(self) -> bool:
+        """Whether there is something that need not wait for more text to come."""
+        return self._has_urgent or bool(self._sending)
 
     def add_event(self, columns: Columns) -> None:
         """Take an encoded lifecycle event. It ends the current message."""
-        size = len(columns.event)
-        self._pending.append(_Item(tuple(columns), size))
+        event = columns.event
+        size = len(event)
+        if size > STAGE_ABOVE_BYTES:
+            staged = (KIND_STAGED, columns.type, columns.subject_id, columns.value)
+            self._pending.append(_Item((*staged, size, columns.digest), size, body=event))
+        else:
+            self._pending.append(_Item(columns, size))
         self.size_bytes += size
-        self._message = None
+        self._is_in_message = False
+        self._open_text = None
         self._has_urgent = True
 
     def add_progress(self, tool_call_id: str, event: bytes) -> None:
         """Take a progress event; it replaces an earlier one of the same tool that still waits."""
-        arguments = (int(Kind.PROGRESS), "", "", "", event, "")
+        arguments = (_KIND_PROGRESS, "", "", "", event, "")
         last = self._pending[-1] if self._pending else None
         if isinstance(last, _Item) and last.progress_of == tool_call_id:
             self._pending.pop()
             self.size_bytes -= last.size_bytes
         self._pending.append(_Item(arguments, len(event), tool_call_id))
         self.size_bytes += len(event)
+        self._open_text = None
         self._has_urgent = True
 
     def add_text(self, text: str, now_ms: int) -> None:
-        """Take a piece of text; pieces of one message that wait together become one delta."""
-        if self._message is None:
+        """Take a piece of text; pieces of one message that wait together become one delta.
+
+        Raises:
+            UnicodeEncodeError: It has no UTF-8 form; nothing was taken.
+        """
+        size = len(text) if text.isascii() else len(text.encode())
+        if len(text) > TEXT_CHARS:
+            for start in range(0, len(text), TEXT_CHARS):
+                self.add_text(text[start : start + TEXT_CHARS], now_ms)
+            return
+        if not self._is_in_message:
             self._message_number += 1
-            self._message = (0, 0)
-        position, bytes_before = self._message
-        size = len(text.encode())
-        last = self._pending[-1] if self._pending else None
-        if isinstance(last, _Text) and last.size_bytes < BATCH_BYTES:
+            self._is_in_message = True
+            self._position = self._bytes_before = 0
+        last = self._open_text
+        if last is not None and last.size_bytes + size <= BATCH_BYTES:
             last.pieces.append(text)
             last.size_bytes += size
         else:
-            self._pending.append(
-                _Text(f"m{self._message_number}", position, bytes_before, [text], size, now_ms)
-            )
-        if self._text_since_ms is None:
-            self._text_since_ms = now_ms
-        self._message = (position + len(text), bytes_before + size)
+            name = f"m{self._message_number}"
+            last = _Text(name, self._position, self._bytes_before, [text], size, now_ms)
+            self._open_text = last
+            self._pending.append(last)
+        self._position += len(text)
+        self._bytes_before += size
         self.size_bytes += size
+
+    def release_text(self) -> None:
+        """Let the text that waits for more wait no longer."""
+        self._has_urgent = bool(self._pending)
 
     def next_batch(self) -> tuple[Batch, Arguments]:
         """Give the batch to send now and the arguments of its script call.
@@ -158,23 +202,30 @@ class OutgoingBatches:
 
     def _freeze(self) -> Batch:
         arguments: list[int | str | bytes] = []
-        size = 0
+        bodies: list[tuple[int, bytes]] = []
+        size = count = 0
         while self._pending and (size == 0 or size + self._pending[0].size_bytes <= BATCH_BYTES):
             item = self._pending.popleft()
             size += item.size_bytes
-            arguments += self._encode_text(item) if isinstance(item, _Text) else item.arguments
-        waiting = next((item for item in self._pending if isinstance(item, _Text)), None)
-        self._text_since_ms = None if waiting is None else waiting.timestamp_ms
-        self._has_urgent = any(isinstance(item, _Item) for item in self._pending)
-        batch = Batch(self._next_number, tuple(arguments), size)
+            if isinstance(item, _Text):
+                arguments += self._encode_text(item)
+            else:
+                arguments += item.arguments
+                if item.body is not None:
+                    bodies.append((count, item.body))
+            count += 1
+        if not self._pending:
+            self._open_text = None
+        self._has_urgent = bool(self._pending)
+        batch = Batch(self._next_number, tuple(arguments), size, tuple(bodies))
         self._next_number += 1
         return batch
 
     def _encode_text(self, item: _Text) -> Arguments:
         text = "".join(item.pieces)
         data = {"message_id": item.message_id, "position": item.position, "text": text}
-        event = self._envelope.encode(EventType.TEXT_DELTA, item.timestamp_ms, data)
-        return (int(Kind.TEXT), "", item.message_id, text, event, item.bytes_before)
+        event = self.encoder.encode(EventType.TEXT_DELTA, item.timestamp_ms, data)
+        return (_KIND_TEXT, "", item.message_id, text, event, item.bytes_before)
 
     def receive_answer(self, batch: Batch, answer: Sequence[Any]) -> Acknowledged | None:
         """Take the script's answer to a batch.
@@ -187,7 +238,7 @@ class OutgoingBatches:
             RunEnded: The run has its terminal event.
             PublishRefused: Redis does not know the run, or batches are missing.
         """
-        kind = bytes(answer[0])
+        kind: bytes = answer[0]
         if kind == b"ok":
             _, epoch, _, _, _, cancel, next_run, next_agent = answer
             self._epoch = epoch.decode()
@@ -195,10 +246,15 @@ class OutgoingBatches:
             self._sending.popleft()
             self.size_bytes -= batch.size_bytes
             self._remember(batch)
+            if not cancel and not next_run:
+                return _NOTHING_NEW
             following = (next_run.decode(), next_agent.decode()) if next_run else None
             return Acknowledged(cancel or None, following)
         if kind == b"expected":
             self._send_again_from(int(answer[1]))
+            return None
+        if kind == b"staging":
+            batch.is_staged = False
             return None
         run_id = self._envelope.run_id
         if kind == b"stale":

@@ -99,6 +99,29 @@ class RunEnvelope:
         )
 
 
+class EventEncoder:
+    """Encodes the events of one attempt; what they share is encoded once for each type."""
+
+    def __init__(self, envelope: RunEnvelope) -> None:
+        self._envelope = envelope
+        self._heads: dict[EventType, bytes] = {}
+
+    def encode(self, event_type: EventType, timestamp_ms: int, data: Any) -> bytes:
+        """Give the same bytes as ``RunEnvelope.encode``.
+
+        Raises:
+            EncodingFailed: A part of the data has no JSON form.
+        """
+        head = self._heads.get(event_type)
+        if head is None:
+            # The time is the last of the envelope's fields.
+            end = f'{format_timestamp(0)}","data":null}}'
+            head = self._envelope.encode(event_type, 0, None)[: -len(end)]
+            self._heads[event_type] = head
+        time = format_timestamp(timestamp_ms).encode()
+        return b'%s%s","data":%s}' % (head, time, encode_json(data))
+
+
 def encode_fields(fields: dict[str, Any], data: Any, data_path: str = "data") -> bytes:
     """Give the stored bytes of an event with these envelope fields and this data."""
     body = encode_json(data, data_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from enum import IntEnum, StrEnum
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,6 +36,9 @@ class EventType(StrEnum):
     TEXT_DELTA = "text_delta"
     TOOL_PROGRESS = "tool_progress"
     NOTICE = "notice"
+
+    # An enum's own hash is a call of Python code, and there are several for each event.
+    __hash__ = str.__hash__
 
     @property
     def kind(self) -> Kind:
@@ -296,8 +300,12 @@ _KEPT_WHEN_NONE: dict[EventType, tuple[str, ...]] = {
 
 def format_timestamp(timestamp_ms: int) -> str:
     """Give a time in ms since the epoch as UTC, ISO 8601, milliseconds, ``Z``."""
-    moment = datetime.fromtimestamp(timestamp_ms // 1000, UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{timestamp_ms % 1000:03d}Z"
+    return f"{_format_second(timestamp_ms // 1000)}.{timestamp_ms % 1000:03d}Z"
+
+
+@lru_cache(maxsize=16)
+def _format_second(timestamp_s: int) -> str:
+    return f"{datetime.fromtimestamp(timestamp_s, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 def parse_timestamp(text: str) -> int:

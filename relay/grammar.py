@@ -75,6 +75,15 @@ class RunGrammar:
             self._apply_within(event_type, data)
         self._seen_first = True
 
+    def apply_text(self) -> None:
+        """Take a piece of text; the same as ``apply`` with a ``text_delta``, at less cost.
+
+        Raises:
+            GrammarViolation: Text is not legal here.
+        """
+        if self.ended_by is not None or not self._is_started:
+            self.apply(EventType.TEXT_DELTA, {})
+
     def _apply_queued(self, event_type: EventType) -> None:
         if self._seen_first:
             raise GrammarViolation(event_type, "it can only be a run's first event")

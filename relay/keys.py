@@ -35,10 +35,17 @@ PLACES_TTL_MS = 3_600_000
 WORKER_INDEX_TTL_MS = 3_600_000
 """A worker that was not heard of for this long leaves the index when another one starts."""
 
+UPLOAD_TTL_MS = 600_000
+"""A large event that was written but never published goes after this."""
+
+BODY_PIECE_BYTES = 131_072
+"""An event that is stored beside the log lies there in pieces of this size."""
+
 BODY_THRESHOLD_BYTES = 65_536
 """An event above this is stored beside the log; a live message above it becomes a claim."""
 
 SCRIPT_CONSTANTS: dict[str, int] = {
+    "BODY_PIECE_BYTES": BODY_PIECE_BYTES,
     "BODY_THRESHOLD_BYTES": BODY_THRESHOLD_BYTES,
     "CHANNEL_TTL_MARGIN_MS": CHANNEL_TTL_MARGIN_MS,
     "JUST_ENDED_MS": JUST_ENDED_MS,
@@ -123,8 +130,12 @@ class UserKeys:
         return f"{self.base}run:{run_id}"
 
     def body(self, offset: int) -> str:
-        """String: an event too large for the log."""
+        """Hash: an event too large for the log; its size, and its pieces by their number from 0."""
         return f"{self.base}body:{offset}"
+
+    def upload(self, fence: str, batch: int, index: int) -> str:
+        """Hash: a large event that is about to be published, by its place in its batch."""
+        return f"{self.base}upload:{fence}:{batch}:{index}"
 
     def text(self, run_id: str, attempt: int, message_id: str) -> str:
         """String: a message's text so far."""

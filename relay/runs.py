@@ -37,6 +37,7 @@ from relay.run_model import (
     summary_from_row,
 )
 from relay.scripts import RedisLink, mapped_errors
+from relay.staging import read_large_event
 from relay.tasks import dispatch
 
 log = structlog.stdlib.get_logger(__name__)
@@ -424,7 +425,7 @@ class RunRegistry:
                 return None
             terminal = stored[13]
             if terminal is None and stored[11]:
-                terminal = await self._link.client.get(user.body(int(stored[11])))
+                terminal = await read_large_event(self._link, user.body(int(stored[11])))
         summary = summary_from_row([run_id.encode(), *(_bytes(part) for part in stored[:13])])
         event = None if terminal is None else orjson.loads(terminal)
         if event is not None and event.get("run_id") != run_id:

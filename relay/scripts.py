@@ -247,29 +247,41 @@ class RedisLink:
             for index, reply in zip(missing, again, strict=True):
                 replies[index] = reply
         return [
-            self._understood(call.script, reply) for call, reply in zip(calls, replies, strict=True)
+            self._outcome_of(call.script, reply) for call, reply in zip(calls, replies, strict=True)
         ]
 
-    def _understood(self, script: Script, reply: Any) -> Any:
-        if not isinstance(reply, Exception):
-            return reply
+    def _outcome_of(self, script: Script, reply: Any) -> Any:
+        return self.understood(script, reply) if isinstance(reply, Exception) else reply
+
+    def understood(self, script: Script, reply: Exception) -> ScriptFailed:
+        """Give an error that Redis answered to a script as what it means for this call alone.
+
+        Raises:
+            RedisUnavailable, RedisMisconfigured: It means that for every call.
+        """
         try:
             with mapped_errors(self.url, script.source):
                 raise reply
         except ScriptFailed as error:
             return error
 
+    def instance_of(self, connection: AbstractConnection) -> str:
+        """Give the identity of the server that a connection leads to."""
+        return self._instances[connection]
+
+    @property
+    def bounds(self) -> tuple[int, int, int]:
+        """The limits of a user's history, in the order that scripts want."""
+        return (self.limits.max_events, self.limits.max_age_ms, self.limits.max_bytes)
+
+    def command(self, call: ScriptCall, instance: str) -> tuple[str | bytes | int, ...]:
+        """Give the words of a call's EVALSHA."""
+        script = ("EVALSHA", call.script.sha, len(call.keys))
+        return (*script, *call.keys, instance, call.epoch, *self.bounds, *call.args)
+
     async def _send(self, connection: AbstractConnection, calls: Sequence[ScriptCall]) -> list[Any]:
-        instance = self._instances[connection]
-        limits = self.limits
-        bounds = (limits.max_events, limits.max_age_ms, limits.max_bytes)
-        commands: list[list[str | bytes | int]] = []
-        for call in calls:
-            command: list[str | bytes | int] = ["EVALSHA", call.script.sha, len(call.keys)]
-            command += call.keys
-            command += (instance, call.epoch, *bounds)
-            command += call.args
-            commands.append(command)
+        instance = self.instance_of(connection)
+        commands = [self.command(call, instance) for call in calls]
         await connection.send_packed_command(connection.pack_commands(commands))
         replies: list[Any] = []
         for _ in calls:

@@ -57,10 +57,16 @@ local function append(channel, batch, kind, seq, run_id, event, digest, is_termi
       local ttl_ms = math.max(MAX_AGE_MS + CHANNEL_TTL_MARGIN_MS, RUN_TTL_AFTER_END_MS)
       if staged then
         call('RENAME', staged, key)
-        call('PEXPIRE', key, ttl_ms)
       else
-        call('SET', key, event, 'PX', ttl_ms)
+        local fields = {'size', size}
+        for at = 0, size - 1, BODY_PIECE_BYTES do
+          fields[#fields + 1] = at / BODY_PIECE_BYTES
+          fields[#fields + 1] = string.sub(event, at + 1, at + BODY_PIECE_BYTES)
+        end
+        call('UNLINK', key)
+        call('HSET', key, unpack(fields))
       end
+      call('PEXPIRE', key, ttl_ms)
     end
     channel.tail = offset
     channel.bytes = channel.bytes + size

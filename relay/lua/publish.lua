@@ -49,8 +49,12 @@ local function staged(index)
   return BASE .. 'upload:' .. fence .. ':' .. ARGV[8] .. ':' .. int(index)
 end
 for index = 11, #ARGV, 6 do
-  if ARGV[index] == '3' and call('STRLEN', staged((index - 11) / 6)) ~= tonumber(ARGV[index + 4]) then
-    return {'staging'}
+  if ARGV[index] == '3' then
+    local key, size = staged((index - 11) / 6), ARGV[index + 4]
+    if call('HGET', key, 'size') ~= size
+      or call('HLEN', key) ~= math.ceil(size / BODY_PIECE_BYTES) + 1 then
+      return {'staging'}
+    end
   end
 end
 

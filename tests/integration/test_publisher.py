@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,8 +16,11 @@ import redis.asyncio
 
 from relay.errors import GrammarViolation, InvalidEvent, PublishRefused, RunEnded, StaleFence
 from relay.events import EventType
-from relay.publisher import STREAM_BUFFER_BYTES, Publisher, RunStream
+from relay.keys import BODY_PIECE_BYTES
+from relay.publisher import Publisher
 from relay.recovery import Page
+from relay.run_stream import STREAM_BUFFER_BYTES, RunStream
+from relay.staging import read_large_event
 from tests.conftest import OwnRedis
 from tests.integration.script_support import Channel, texts, types
 
@@ -235,3 +239,60 @@ async def test_one_runs_broken_key_holds_up_no_other(channel: Channel) -> None:
     for page in await read_all(channel):
         seqs = [item.seq for item in page.publications if item.run_id == stream.claim.run_id]
         assert seqs == [1, 2, 0, 3]
+
+
+async def test_large_events_survive_cut_connections_and_lost_pieces(
+    channel: Channel, redis: redis.asyncio.Redis
+) -> None:
+    values = [character * (3 << 20) for character in "abc"]
+    async with publishing(channel) as stream:
+        await stream.flush()
+
+        async def disturb() -> None:
+            for number in range(1_000):
+                await redis.client_kill_filter(_type="normal", skipme=True)
+                if number == 3:
+                    await redis.delete(channel.keys.upload(stream.claim.fence, 2, 0))
+                await asyncio.sleep(0.01 * 1.2**number)
+
+        disturbing = asyncio.create_task(disturb())
+        for value in values:
+            await stream.publish(EventType.CUSTOM, {"name": "n", "value": value})
+        await complete(stream, "d" * (3 << 20))
+        disturbing.cancel()
+        await asyncio.gather(disturbing, return_exceptions=True)
+    for offset, value in enumerate(values, 3):
+        event = orjson.loads(await read_large_event(channel.link, channel.keys.body(offset)) or b"")
+        assert event["data"]["value"] == value
+    detail = await channel.registry.get(channel.user_id, stream.claim.run_id)
+    assert detail is not None
+    assert detail.as_json()["result"] == "d" * (3 << 20)
+    assert not [name async for name in redis.scan_iter("*:upload:*")]
+
+
+async def test_a_large_event_reaches_redis_in_small_steps(own_redis: OwnRedis) -> None:
+    server = await own_redis()
+    async with Channel(server.url, "t") as channel, publishing(channel) as stream:
+        await stream.flush()
+        await channel.client.config_resetstat()
+        await complete(stream, "x" * (10 << 20))
+        stats = await channel.client.info("commandstats")
+        # The size, the pieces, and what publish.lua does itself.
+        assert stats["cmdstat_hset"]["calls"] > (10 << 20) // BODY_PIECE_BYTES
+        assert await channel.client.hlen(channel.keys.body(3)) == (10 << 20) // BODY_PIECE_BYTES + 2
+        entry = (await channel.client.xrange(channel.keys.log))[-1][1]
+        stored = await read_large_event(channel.link, channel.keys.body(3))
+        assert stored is not None
+        assert entry[b"d"] == hashlib.sha256(stored).hexdigest().encode()
+
+
+async def test_scripts_that_redis_has_forgotten_are_loaded_again(
+    channel: Channel, redis: redis.asyncio.Redis
+) -> None:
+    async with publishing(channel) as stream:
+        for number in range(5):
+            await think(stream, number)
+            await stream.flush()
+            await redis.script_flush()
+        await complete(stream)
+    assert await thoughts(channel) == list(range(5))

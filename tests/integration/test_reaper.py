@@ -27,9 +27,10 @@ from relay.lifecycle import (
     RetryAttempt,
 )
 from relay.orphans import sweep_orphans
-from relay.publisher import Publisher, RunStream
+from relay.publisher import Publisher
 from relay.reaper import Reaper
 from relay.run_model import AgentInfo, Claim, NotClaimed, RunLimits, SubmitRequest
+from relay.run_stream import RunStream
 from relay.runs import RunRegistry
 from relay.scripts import RedisLink
 from relay.tasks import GROUP, dispatch

@@ -9,12 +9,14 @@ import pytest
 import pytest_asyncio
 import redis.asyncio
 
+from relay.batches import KIND_STAGED
 from relay.codec import decode_live
 from relay.events import EventType
 from relay.history import fetch_call
-from relay.keys import BODY_THRESHOLD_BYTES
+from relay.keys import BODY_PIECE_BYTES, BODY_THRESHOLD_BYTES, RUN_TTL_AFTER_END_MS
 from relay.recovery import FetchBody
 from relay.scripts import LogLimits
+from relay.staging import pieces_of
 from tests.integration.script_support import Channel, offsets, texts, types
 
 
@@ -162,6 +164,34 @@ async def test_a_large_event_lies_beside_the_log(channel: Channel) -> None:
     assert await fetch() == b""
     [lost] = (await channel.read(2)).publications
     assert (lost.is_claim, lost.size_bytes) == (True, 0)
+
+
+async def test_a_staged_event_is_published_by_its_name_once_it_is_there(channel: Channel) -> None:
+    run = await channel.started()
+    kind, *middle, event, digest = run.event(size=2 * BODY_PIECE_BYTES)
+    assert kind == 0
+    assert isinstance(event, bytes)
+    items = (run.event(), (KIND_STAGED, *middle, len(event), digest))
+    upload = channel.keys.upload(run.claim.fence, 2, 1)
+    assert await run.send(2, *items) == [b"staging"]
+    pieces = pieces_of(event)
+    for lacking in pieces:
+        kept = {name: piece for name, piece in pieces.items() if name != lacking}
+        await channel.client.delete(upload)
+        await channel.client.hset(upload, mapping=kept)
+        assert await run.send(2, *items) == [b"staging"]
+    assert (await channel.read()).offset == 2
+    await channel.client.hset(upload, mapping=pieces)
+    first = await run.publish(*items)
+    assert await run.send(2, *items) == first
+    assert await channel.client.hgetall(channel.keys.body(4)) == {
+        name.encode(): piece for name, piece in pieces.items()
+    }
+    ttl_ms = await channel.client.pttl(channel.keys.body(4))
+    assert ttl_ms > RUN_TTL_AFTER_END_MS - 5_000
+    assert not await channel.client.exists(upload)
+    last = (await channel.read()).publications[-1]
+    assert (last.is_claim, last.size_bytes) == (True, len(event))
 
 
 async def test_the_log_is_trimmed_by_count_and_the_floor_follows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,14 +196,48 @@ def test_an_acknowledgement_tells_of_a_cancel_and_of_the_next_run() -> None:
 
 def test_pieces_wait_for_each_other_and_events_do_not() -> None:
     outgoing = OutgoingBatches(ENVELOPE, "f", "e1")
-    assert outgoing.due_at_ms(20) is None
+    outgoing.release_text()
+    assert not outgoing.is_due
     outgoing.add_text("a", 1_000)
     outgoing.add_text("b", 1_015)
-    assert outgoing.due_at_ms(20) == 1_020
+    assert not outgoing.is_due
     outgoing.add_event(event_columns(1))
-    assert outgoing.due_at_ms(20) == 0
+    assert outgoing.is_due
     _, arguments = outgoing.next_batch()
     assert [arguments[5 + 6 * index + 3] for index in range(2)] == ["ab", ""]
+
+
+def test_text_that_has_waited_is_due() -> None:
+    outgoing = OutgoingBatches(ENVELOPE, "f", "e1")
+    outgoing.add_text("a", 1_000)
+    outgoing.release_text()
+    assert outgoing.is_due
+
+
+def test_a_long_piece_of_text_is_cut_into_batches() -> None:
+    outgoing, redis = OutgoingBatches(ENVELOPE, "f", "e1"), Redis()
+    text = "aé日😀" * 200_000
+    outgoing.add_text(text, 0)
+    while not outgoing.is_empty:
+        batch, arguments = outgoing.next_batch()
+        assert batch.size_bytes <= batches.BATCH_BYTES
+        outgoing.receive_answer(batch, redis.publish(arguments))
+    assert redis.texts == {"m1": text}
+
+
+def test_a_large_event_is_sent_by_its_size_until_redis_has_it() -> None:
+    outgoing = OutgoingBatches(ENVELOPE, "f", "e1")
+    event = b"x" * (batches.STAGE_ABOVE_BYTES + 1)
+    outgoing.add_event(columns_of(EventType.AGENT_COMPLETED, 0, {}, event))
+    batch, arguments = outgoing.next_batch()
+    kind, name, _, status, size, digest = arguments[5:]
+    assert (kind, name, status) == (batches.KIND_STAGED, "agent_completed", "completed")
+    assert (size, digest) == (len(event), hashlib.sha256(event).hexdigest())
+    assert batch.bodies == ((0, event),)
+    batch.is_staged = True
+    assert outgoing.receive_answer(batch, [b"staging"]) is None
+    assert not batch.is_staged
+    assert outgoing.next_batch()[0] is batch
 
 
 def test_an_event_ends_the_message_and_progress_does_not() -> None:
