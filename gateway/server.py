@@ -14,8 +14,9 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gateway.doorkeeper import Lobby
+from gateway.http.problems import problem
 from gateway.websocket import RelayWebSocketProtocol
-from relay.errors import ConfigurationError
+from relay.errors import ConfigurationError, RequestRefused
 
 BACKLOG = 2048
 UNSENT_BYTES = 128 * 1024
@@ -140,6 +141,26 @@ class RelayHttpProtocol(H11Protocol):
         protocol = self.transport.get_protocol()
         if early and isinstance(protocol, asyncio.Protocol) and protocol is not self:
             protocol.data_received(early)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, with a problem document as for everything else."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            # Its request broke off in this: there is nothing that its answer could be sent to.
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            answer = problem(RequestRefused("bad_request"))
+            headers = [*answer.raw_headers, (b"connection", b"close")]
+            for part in (
+                h11.Response(
+                    status_code=answer.status_code, headers=headers, reason=b"Bad Request"
+                ),
+                h11.Data(data=bytes(answer.body)),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(part) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""

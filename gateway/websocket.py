@@ -14,6 +14,7 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import SecurityError
 from websockets.http11 import Request
+from websockets.protocol import State
 
 from gateway.direct import DirectTransport, Receiver, TickWriter
 from gateway.http.problems import problem
@@ -81,7 +82,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             self.logger.exception("Exception in ASGI application\n")
             self.send_500_response()
         else:
-            if not self.handshake_complete:
+            if not (self.handshake_complete or self.disconnected or self.transport.is_closing()):
                 self.logger.error("ASGI callable returned without completing handshake.")
                 self.send_500_response()
         if not self._is_taken_over and self.close_timer is None:
@@ -91,9 +92,12 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         """Give the application the next event, where it goes on through ASGI."""
         if self.handshake_complete and self._early is not None:
             early, self._early = bytes(self._early), None
-            self.transport.resume_reading()
-            if early:
-                self.data_received(early)
+            # A client that has left, or was refused, completes the handshake too: then nobody
+            # reads what it sent behind it.
+            if self.conn.state is State.OPEN:
+                self.transport.resume_reading()
+                if early:
+                    self.data_received(early)
         return await super().receive()
 
     async def send(self, message: ASGISendEvent) -> None:

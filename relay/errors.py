@@ -44,6 +44,12 @@ WIRE_ERRORS: dict[str, Guidance] = {
         ("Compare the request with the field table in docs/protocol.md.",),
         422,
     ),
+    "bad_request": Guidance(
+        "This is not a valid HTTP request.",
+        False,
+        ("Check the request line, the headers and the framing of the body.",),
+        400,
+    ),
     "unknown_type": Guidance(
         "The frame's type is not known.",
         False,
