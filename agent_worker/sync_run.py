@@ -9,17 +9,30 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
+import functools
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from agent_worker.questions import DEFAULT_TIMEOUT_S
 from agent_worker.run import Request, Run
 from agent_worker.step import Step
 from agent_worker.tool import Tool
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _waits_for(
+    method: Callable[Concatenate[Run, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[SyncRun, P], T]:
+    """Give a call of ``Run`` as a plain method that returns when it has been carried out."""
+
+    @functools.wraps(method)
+    def call(self: SyncRun, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.carry_out(method(self._run, *args, **kwargs))
+
+    return call
 
 
 class SyncRun:
@@ -77,21 +90,6 @@ class SyncRun:
         """Whether the run is to stop; every further call on it raises."""
         return self._stopped.is_set()
 
-    def thinking(
-        self,
-        thought: str,
-        step: int | None = None,
-        total_steps: int | None = None,
-        progress_percentage: float | None = None,
-        estimated_remaining_ms: int | None = None,
-    ) -> None:
-        """See ``Run.thinking``."""
-        self.carry_out(
-            self._run.thinking(
-                thought, step, total_steps, progress_percentage, estimated_remaining_ms
-            )
-        )
-
     def tool(
         self,
         name: str,
@@ -102,45 +100,18 @@ class SyncRun:
         """Show a tool call while the ``with`` block runs. See ``Run.tool``."""
         return SyncTool(self, self._run.tool(name, parameters, purpose, estimated_duration_ms))
 
-    def delta(self, text: str) -> None:
-        """See ``Run.delta``."""
-        self.carry_out(self._run.delta(text))
-
-    def progress(self, percentage: float | None = None, note: str | None = None) -> None:
-        """See ``Run.progress``."""
-        self.carry_out(self._run.progress(percentage, note))
-
-    def custom(self, name: str, value: Any) -> None:
-        """See ``Run.custom``."""
-        self.carry_out(self._run.custom(name, value))
-
     def step(self, name: str, total_steps: int | None = None) -> SyncStep:
         """See ``Run.step``; a plain ``with`` block."""
         return SyncStep(self, self._run.step(name, total_steps))
 
-    def ask(
-        self,
-        prompt: str,
-        kind: Literal["text", "choice"] = "text",
-        *,
-        schema: Mapping[str, Any] | None = None,
-        choices: Sequence[Any] | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-    ) -> Any:
-        """See ``Run.ask``."""
-        return self.carry_out(
-            self._run.ask(prompt, kind, schema=schema, choices=choices, timeout_s=timeout_s)
-        )
-
-    def approve(self, prompt: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> bool:
-        """See ``Run.approve``."""
-        return self.carry_out(self._run.approve(prompt, timeout_s))
-
-    def call_agent(
-        self, agent: str, content: str, metadata: Mapping[str, Any] | None = None
-    ) -> Any:
-        """See ``Run.call_agent``."""
-        return self.carry_out(self._run.call_agent(agent, content, metadata))
+    # The calls of Run, with its signatures and docstrings.
+    thinking = _waits_for(Run.thinking)
+    delta = _waits_for(Run.delta)
+    progress = _waits_for(Run.progress)
+    custom = _waits_for(Run.custom)
+    ask = _waits_for(Run.ask)
+    approve = _waits_for(Run.approve)
+    call_agent = _waits_for(Run.call_agent)
 
     def carry_out(self, call: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the worker's event loop and wait for it.

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from typing import Any
 
 import pytest
 
-from agent_worker import SyncRun
+from agent_worker import Run, SyncRun
 from agent_worker.sync_run import call_in_thread
 from relay.errors import GrammarViolation, InvalidEvent
 from tests.unit.agent_worker.recording_stream import make_run
@@ -148,3 +149,42 @@ async def test_left_behind_function_cannot_publish_any_more() -> None:
     assert await asyncio.to_thread(ended.wait, 5)
     assert outcome
     assert stream.text == ""
+
+
+OWN_CALLS = {"carry_out", "is_cancelled", "stop"}
+CALLS_OF_THE_WORKER = {"receive_answer", "end_waits"}
+
+
+def test_every_call_of_a_run_is_there_with_the_same_signature() -> None:
+    def public(owner: type) -> dict[str, Any]:
+        return {name: item for name, item in vars(owner).items() if not name.startswith("_")}
+
+    def shape(item: Any) -> Any:
+        if isinstance(item, property):
+            return inspect.signature(item.fget).return_annotation  # type: ignore[arg-type]
+        signature = inspect.signature(item)
+        named = [
+            (one.name, one.kind, one.default, one.annotation)
+            for one in signature.parameters.values()
+        ]
+        return named, str(signature.return_annotation).removeprefix("Sync")
+
+    run = {name: shape(item) for name, item in public(Run).items()}
+    sync = {name: shape(item) for name, item in public(SyncRun).items()}
+    assert run.keys() - CALLS_OF_THE_WORKER == sync.keys() - OWN_CALLS
+    assert {name: run[name] for name in sync.keys() - OWN_CALLS} == {
+        name: sync[name] for name in sync.keys() - OWN_CALLS
+    }
+    assert SyncRun.ask.__doc__ == Run.ask.__doc__
+
+
+async def test_a_type_checker_knows_the_arguments() -> None:
+    run, _, _ = await make_run()
+
+    def agent(sync: SyncRun) -> bool:
+        with pytest.raises(TypeError):
+            sync.thinking("x", steps=1)  # type: ignore[call-arg]
+        answer: bool = sync.is_cancelled
+        return answer
+
+    assert await call_in_thread(agent, run) is False
