@@ -36,15 +36,19 @@ class Bystander:
 
 @contextlib.asynccontextmanager
 async def bystander(
-    stack: Stack, gateway: GatewayProcess, folder: Path
+    stack: Stack, gateway: GatewayProcess, folder: Path, user_id: str = "bob"
 ) -> AsyncIterator[Bystander]:
-    """Watch what another user of a gateway gets while the block runs."""
+    """Watch what another user of a gateway gets while the block runs.
+
+    Where it is used more than once, each needs a user of its own: what an earlier one received
+    would be replayed, and count as late.
+    """
     command = [sys.executable, "-m", "tests.faults.bystander", stack.redis_url, stack.key_prefix]
     process = ManagedProcess(
-        [*command, gateway.url, stack.token("bob")],
+        [*command, gateway.url, user_id, stack.token(user_id)],
         environment=dict(os.environ),
         folder=ROOT,
-        log_path=folder / "bystander.log",
+        log_path=folder / f"{user_id}.log",
     )
     process.start()
     try:
@@ -60,14 +64,14 @@ async def bystander(
         process.end_blocking()
 
 
-async def watch(redis_url: str, key_prefix: str, url: str, token: str) -> list[float]:
+async def watch(redis_url: str, key_prefix: str, url: str, user_id: str, token: str) -> list[float]:
     """Publish and receive until SIGTERM; gives the delays of all events in ms."""
     is_over = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, is_over.set)
     async with Load(redis_url, key_prefix) as load, Fleet([url], lambda _: token) as fleet:
-        client = fleet.add("bob")
+        client = fleet.add(user_id)
         await fleet.connect()
-        run = await load.open("bob")
+        run = await load.open(user_id)
         print(READY, flush=True)
         await keep_publishing([run], EVENTS_PER_S, is_over.is_set, lifecycle_share=2)
         await run.complete()
