@@ -1,77 +1,37 @@
-"""The feeds of a gateway: carries out what the delivery machine asks for.
+"""The feeds of a gateway: which there are, what comes live, and whom it goes to.
 
-``relay.recovery`` decides; here are the subscription, the pipelined reads, the position checks and
-the notice to clients when Redis is away. Nothing here knows about sockets.
+``relay.recovery`` decides; ``history_reader`` reads what it asks for, ``position_check`` finds what
+pub/sub swallowed, ``outage`` tells clients that Redis is away. Nothing here knows about sockets.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from functools import partial
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import structlog
 
-from relay.cancellation import end_tasks
+from gateway import position_check
+from gateway.background import Background
+from gateway.history_reader import HistoryReader
+from gateway.outage import Outage
+from gateway.position_check import PositionCheck
+from gateway.user_feed import ClientSink, UserFeed
 from relay.codec import decode_live, parse_position
-from relay.errors import DecodingFailed, RedisMisconfigured, RedisUnavailable
-from relay.history import fetch_call, page_from, read_call
+from relay.errors import DecodingFailed
 from relay.keys import Keys
-from relay.recovery import (
-    Advance,
-    Broken,
-    Cursor,
-    CursorState,
-    Feed,
-    FeedState,
-    FetchBody,
-    Read,
-    Request,
-    RequestQueue,
-    Rotate,
-    SharedRequest,
-    Since,
-    Sink,
-)
-from relay.scripts import RedisLink, ScriptCall, ScriptFailed, mapped_errors
+from relay.recovery import Advance, Broken, Cursor, CursorState, Since
+from relay.scripts import RedisLink
 from relay.subscriber import Subscriber
-
-AUDIT_ROUND_S = 4.0
-"""Each channel's position is compared with Redis this often: pub/sub may swallow a last message."""
-
-AUDIT_STEPS = 16
-AUDIT_CHUNK = 100
-"""Channels compared in one pipeline: packing thousands would hold the loop up."""
 
 LINGER_S = 10.0
 """A feed outlives its last connection by this, so that a reload finds it warm."""
 
-ANNOUNCE_AFTER_S = 1.0
-"""Shorter outages are repaired without a word to the clients."""
-
-READS_PER_PIPELINE = 64
-TOLD_PER_TURN = 100
-TURN_S = 0.002
-"""Answers are used for this long before the loop turns to others."""
-
-PIPELINES = 4
-_RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 1.0
-
 COMPLAIN_EVERY_S = 10.0
 
 log = structlog.stdlib.get_logger(__name__)
-
-
-class ClientSink(Sink, Protocol):
-    """A connection's outbox, which can also be told that Redis is away."""
-
-    def degraded(self, reason: str | None) -> None:
-        """Tell the client that events may be late, or with None that this is over."""
-
-    def fail(self) -> None:
-        """Close the connection, which could not be written to; the client may resume."""
 
 
 def parse_since(text: str) -> Since:
@@ -88,19 +48,6 @@ def parse_since(text: str) -> Since:
                 return parse_position(text)
             except DecodingFailed as error:
                 raise DecodingFailed(f"since is active, now, 0 or a position: {error}") from error
-
-
-class UserFeed(Feed):
-    """A feed with what the shell knows about it."""
-
-    __slots__ = ("channel", "linger_until_s", "user_id")
-
-    def __init__(self, user_id: str, channel: bytes, *, ring_bytes: int) -> None:
-        super().__init__(ring_bytes=ring_bytes)
-        self.user_id = user_id
-        self.channel = channel
-        # Set while it has no connection.
-        self.linger_until_s: float | None = None
 
 
 class Attachment:
@@ -151,28 +98,35 @@ class FeedHub:
             on_lost=self._lose,
             on_confirmed=self._confirm,
         )
-        self.catch_ups = 0
+        self._background = Background()
+        self._outage = Outage(self._background, self._sinks)
+        self.reader = HistoryReader(
+            link,
+            keys,
+            self._background,
+            self._outage,
+            is_subscribed=lambda: self.subscriber.is_connected,
+            perform=self.perform,
+        )
+        self.checks = PositionCheck(link, keys, self.subscriber, self._outage, self.perform)
         self.not_understood = 0
         self._complain_at_s = 0.0
-        self._link = link
         self._keys = keys
         self._ring_bytes = ring_bytes
         self._feeds: dict[bytes, UserFeed] = {}
         self._listeners: dict[bytes, Callable[[bytes], None]] = {}
-        self._requests: RequestQueue[UserFeed] = RequestQueue()
         # Feeds without a connection, by when they go: the wait is the same for all.
         self._lingering: deque[tuple[float, UserFeed]] = deque()
-        self._wake = asyncio.Event()
-        self._pipelines = asyncio.Semaphore(PIPELINES)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._timers: set[asyncio.TimerHandle] = set()
-        self._outage: str | None = None
-        self._is_announced = False
 
     @property
     def is_degraded(self) -> bool:
         """Whether Redis is away as far as we know."""
-        return self._outage is not None
+        return self._outage.is_on
+
+    @property
+    def catch_ups(self) -> int:
+        """How many times a connection read history."""
+        return self.reader.catch_ups
 
     @property
     def feed_count(self) -> int:
@@ -186,14 +140,12 @@ class FeedHub:
             RedisUnavailable, RedisMisconfigured: The first connection could not be made.
         """
         await self.subscriber.start()
-        self._spawn(self._work(), "feed-work")
-        self._spawn(self._audit(), "feed-audit")
+        self._background.spawn(self.reader.run(), "history-reader")
+        self._background.spawn(self._look_after(), "feeds")
 
     async def aclose(self) -> None:
         """Stop all work. Connections should have been closed before."""
-        await end_tasks(self._tasks)
-        for timer in tuple(self._timers):
-            timer.cancel()
+        await self._background.aclose()
         self._feeds.clear()
         self._lingering.clear()
         await self.subscriber.aclose()
@@ -215,8 +167,8 @@ class FeedHub:
         feed.linger_until_s = None
         cursor = feed.attach(sink, since)
         self.perform(feed)
-        if self._is_announced:
-            sink.degraded(self._outage)
+        if self._outage.announced:
+            sink.degraded(self._outage.announced)
         return Attachment(self, feed, cursor)
 
     def release(self, feed: UserFeed) -> None:
@@ -266,7 +218,7 @@ class FeedHub:
             )
 
     def _lose(self) -> None:
-        self._begin_outage("the subscription connection to Redis is down")
+        self._outage.begin("the subscription connection to Redis is down")
         for feed in self._feeds.values():
             feed.lose()
 
@@ -276,7 +228,7 @@ class FeedHub:
             feed.confirm()
             self.perform(feed)
         elif channel in self._listeners and not self._feeds:
-            self._end_outage()
+            self._outage.end()
 
     def perform(self, feed: UserFeed) -> None:
         """Queue what the machine asked for."""
@@ -289,8 +241,7 @@ class FeedHub:
                 elif isinstance(effect, Broken):
                     self._send_away(feed, effect)
                 else:
-                    self._requests.add(feed, effect)
-                    self._wake.set()
+                    self.reader.ask(feed, effect)
 
     def _send_away(self, feed: UserFeed, broken: Broken) -> None:
         # Whoever cannot be written to must not believe to be up to date.
@@ -298,199 +249,14 @@ class FeedHub:
         self.release(feed)
         cast("ClientSink", broken.sink).fail()
 
-    async def _work(self) -> None:
-        while True:
-            await self._wake.wait()
-            # One turn of the loop gathers what a reconnect of all feeds asks for.
-            await asyncio.sleep(0)
-            self._wake.clear()
-            while self._requests:
-                await self._pipelines.acquire()
-                self._spawn(self._carry_out(self._requests.take(READS_PER_PIPELINE)), "feed-read")
-
-    async def _carry_out(self, requests: Sequence[SharedRequest[UserFeed]]) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            calls = [self._call(shared.owner, shared.first) for shared in requests]
-            replies = await self._persist(lambda: self._link.run_each(calls))
-            turn_s = loop.time()
-            for shared, reply in zip(requests, replies, strict=True):
-                for request, answer in self._answers(shared, reply):
-                    self._answer(shared.owner, request, answer)
-                    self.perform(shared.owner)
-                    if loop.time() - turn_s > TURN_S:
-                        await asyncio.sleep(0)
-                        turn_s = loop.time()
-        finally:
-            self._pipelines.release()
-
-    def _call(self, feed: UserFeed, request: Request) -> ScriptCall:
-        if isinstance(request, Read):
-            return read_call(self._link, self._keys, feed.user_id, request)
-        if isinstance(request, FetchBody):
-            return fetch_call(self._link, self._keys, feed.user_id, request)
-        return self._link.call("rotate", self._keys.user(feed.user_id), None, request.epoch)
-
-    def _answers(
-        self, shared: SharedRequest[UserFeed], reply: Any
-    ) -> Sequence[tuple[Request, Any]]:
-        """Give who gets what. What is wrong with one user's data holds up nobody else."""
-        feed, first = shared.owner, shared.first
-        try:
-            if isinstance(reply, ScriptFailed):
-                raise reply
-            answer = page_from(feed.user_id, first, reply) if isinstance(first, Read) else reply
-        except (DecodingFailed, ScriptFailed) as error:
-            log.error("history not understood", user_id=feed.user_id, error=str(error))
-            for request in shared.waiting:
-                self._later(_RETRY_MOST_S, partial(self._try_again, feed, request))
-            return []
-        if isinstance(first, Rotate):
-            log.warning("history contradicts itself: new epoch", user_id=feed.user_id)
-        return [(request, answer) for request in shared.waiting]
-
-    def _answer(self, feed: UserFeed, request: Request, answer: Any) -> None:
-        cursor = request.cursor if isinstance(request, FetchBody) else None
-        try:
-            if isinstance(request, Rotate):
-                feed.receive_rotated(request)
-            elif isinstance(request, FetchBody):
-                request.cursor.receive_body(request, answer)
-            else:
-                if isinstance(request.requester, Cursor):
-                    cursor = request.requester
-                    self.catch_ups += 1
-                request.requester.receive_page(request, answer)
-        except Exception as error:
-            if isinstance(cursor, Cursor):
-                feed.give_up(cursor, error)
-            else:
-                log.exception("feed failed", user_id=feed.user_id)
-                self._later(_RETRY_MOST_S, partial(self._begin_anew, feed))
-
-    def _begin_anew(self, feed: UserFeed) -> None:
-        feed.lose()
-        feed.confirm()
-        self.perform(feed)
-
-    def _try_again(self, feed: UserFeed, request: Request) -> None:
-        """Ask once more, unless nobody waits for it by now."""
-        if request.is_awaited and self._feeds.get(feed.channel) is feed:
-            self._requests.add(feed, request)
-
-    async def _persist(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
-        """Read until Redis answers: to the machine, a read may take long, but never fails."""
-        retry_s = _RETRY_FIRST_S
-        while True:
-            try:
-                answer = await attempt()
-            except (RedisUnavailable, RedisMisconfigured, ScriptFailed) as error:
-                self._begin_outage(str(error))
-                await asyncio.sleep(retry_s)
-                retry_s = min(retry_s * 2, _RETRY_MOST_S)
-            else:
-                if self.subscriber.is_connected:
-                    self._end_outage()
-                return answer
-
-    async def _audit(self) -> None:
-        loop = asyncio.get_running_loop()
-        step = 0
-        while True:
-            await asyncio.sleep(AUDIT_ROUND_S / AUDIT_STEPS)
-            self._forget(loop.time())
-            step = (step + 1) % AUDIT_STEPS
-            feeds = [
-                feed
-                for feed in list(self._feeds.values())[step::AUDIT_STEPS]
-                if feed.state is FeedState.LIVE
-            ]
-            if not feeds and not self.is_degraded:
-                continue
-            for start in range(0, max(1, len(feeds)), AUDIT_CHUNK):
-                if not await self._check(feeds[start : start + AUDIT_CHUNK]):
-                    break
-
-    async def _check(self, feeds: Sequence[UserFeed]) -> bool:
-        """Compare positions with Redis; tells whether it answered."""
-        heads = [feed.head for feed in feeds]
-        try:
-            with mapped_errors(self._link.url):
-                pipeline = self._link.client.pipeline(transaction=False)
-                pipeline.ping()
-                for feed in feeds:
-                    pipeline.hmget(self._keys.user(feed.user_id).channel, ["epoch", "offset"])
-                _, *stored = await pipeline.execute(raise_on_error=False)
-        except (RedisUnavailable, RedisMisconfigured, ScriptFailed) as error:
-            self._begin_outage(str(error))
-            return False
-        if self.subscriber.is_connected:
-            self._end_outage()
-        missing: list[tuple[UserFeed, int]] = []
-        for feed, head, answer in zip(feeds, heads, stored, strict=True):
-            # A key of another type is one user's trouble; reading reports it.
-            epoch, offset = (None, None) if isinstance(answer, Exception) else answer
-            if epoch is None or offset is None or epoch.decode() != feed.epoch:
-                self._repair(feed)
-            elif int(offset) < head:
-                # Less than it had when Redis was asked.
-                self._repair(feed)
-            elif int(offset) > feed.head:
-                missing.append((feed, int(offset)))
-        # A message may be on its way, or wait for us: only what is still missing behind everything
-        # that Redis sent before counts as lost.
-        if missing and await self.subscriber.barrier():
-            for feed, expected in missing:
-                if feed.head < expected and feed.state is FeedState.LIVE:
-                    log.info("swallowed message noticed", user_id=feed.user_id, offset=expected)
-                    self._repair(feed)
-        return True
-
-    def _repair(self, feed: UserFeed) -> None:
-        feed.sync()
-        self.perform(feed)
-
-    def _begin_outage(self, reason: str) -> None:
-        if self._outage is None:
-            self._outage = reason
-            self._later(ANNOUNCE_AFTER_S, self._announce)
-
-    def _end_outage(self) -> None:
-        self._outage = None
-        if self._is_announced:
-            self._is_announced = False
-            self._spawn(self._tell(None), "feed-tell")
-
-    def _announce(self) -> None:
-        if self._outage is not None and not self._is_announced:
-            self._is_announced = True
-            reason = "Redis is not reachable; events will follow when it is back."
-            self._spawn(self._tell(reason), "feed-tell")
-
-    async def _tell(self, reason: str | None) -> None:
-        for index, feed in enumerate(list(self._feeds.values())):
-            if index % TOLD_PER_TURN == 0:
-                await asyncio.sleep(0)
-                if self._is_announced != (reason is not None):
-                    return  # It is over, or has begun again: all are told that.
+    def _sinks(self) -> Iterator[ClientSink]:
+        for feed in self._feeds.values():
             for cursor in feed.cursors:
-                cast("ClientSink", cursor.sink).degraded(reason)
+                yield cast("ClientSink", cursor.sink)
 
-    def _later(self, delay_s: float, action: Callable[[], Any]) -> None:
-        def run() -> None:
-            self._timers.discard(timer)
-            action()
-            self._wake.set()
-
-        timer = asyncio.get_running_loop().call_later(delay_s, run)
-        self._timers.add(timer)
-
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        task = asyncio.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("feed work failed", task=task.get_name(), exc_info=error)
+    async def _look_after(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(position_check.ROUND_S / position_check.STEPS)
+            self._forget(loop.time())
+            await self.checks.advance(list(self._feeds.values()))

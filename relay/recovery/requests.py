@@ -33,6 +33,11 @@ class SharedRequest(Generic[Owner]):
         self.first = first
         self.waiting: list[Request] = [first]
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether anybody would still use an answer."""
+        return any(request.is_awaited for request in self.waiting)
+
     def take_over(self, other: SharedRequest[Owner]) -> None:
         """Answer also those who waited for less than this, before our own."""
         self.waiting[:0] = other.waiting

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 import redis.asyncio
 
-from gateway import feed as feed_module
+from gateway import outage
 from gateway.feed import Attachment, FeedHub
 from relay.codec import Position
 from relay.events import EventType
@@ -197,7 +197,7 @@ async def test_an_outage_is_announced_after_a_second_and_its_end_too(own_redis: 
         await server.stop()
         stopped_s = time.monotonic()
         await tab.until(lambda one: bool(one.degradations))
-        assert time.monotonic() - stopped_s >= feed_module.ANNOUNCE_AFTER_S - 0.2
+        assert time.monotonic() - stopped_s >= outage.ANNOUNCE_AFTER_S - 0.2
         assert (hub.is_degraded, tab.degradations[0] is None) == (True, False)
         late = Tab()
         late.attachment = hub.attach("bob", "active", late)
@@ -312,13 +312,13 @@ async def test_tabs_that_return_together_share_their_reads(
     await run.publish(run.event(thought="0"))
     await run.end()
     calls: list[str] = []
-    run_each = hub._link.run_each
+    run_each = hub.reader._link.run_each
 
     async def counted(asked: Any) -> Any:
         calls.extend(call.script.name for call in asked)
         return await run_each(asked)
 
-    hub._link.run_each = counted  # type: ignore[method-assign]
+    hub.reader._link.run_each = counted  # type: ignore[method-assign]
     tabs = [Tab() for _ in range(200)]
     for tab in tabs:
         place: Any = since if since == "0" else Position(run.epoch, 1)
@@ -358,10 +358,10 @@ async def test_messages_that_wait_for_a_slow_gateway_are_not_taken_as_lost(
     assert connection._transport is not None
     connection._transport.pause_reading()  # type: ignore[attr-defined]
     run = await channel.started()
-    checking = asyncio.create_task(hub._check([feed]))
+    checking = asyncio.create_task(hub.checks.check([feed]))
     await asyncio.sleep(0.5)
     assert (checking.done(), feed.state) == (False, FeedState.LIVE)
     connection._transport.resume_reading()  # type: ignore[attr-defined]
     assert await checking
-    assert (feed.head, feed.state, len(hub._requests)) == (2, FeedState.LIVE, 0)
+    assert (feed.head, feed.state, hub.reader.waiting) == (2, FeedState.LIVE, 0)
     await run.end()

@@ -1,0 +1,177 @@
+"""Carries out the reads that feeds and cursors ask for: pipelined, shared, until Redis answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any
+
+import structlog
+
+from gateway.background import Background
+from gateway.outage import Outage
+from gateway.user_feed import UserFeed
+from relay.errors import DecodingFailed, RedisMisconfigured, RedisUnavailable
+from relay.history import fetch_call, page_from, read_call
+from relay.keys import Keys
+from relay.recovery import Cursor, FetchBody, Read, Request, RequestQueue, Rotate, SharedRequest
+from relay.scripts import RedisLink, ScriptCall, ScriptFailed
+
+READS_PER_PIPELINE = 64
+PIPELINES = 4
+
+TURN_S = 0.002
+"""Answers are used for this long before the loop turns to others."""
+
+_RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 1.0
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class HistoryReader:
+    """Reads history for all feeds of a node.
+
+    Args:
+        link: Redis.
+        keys: Key names.
+        background: Where the reads run.
+        outage: Learns whether Redis answers.
+        is_subscribed: Whether what is published arrives.
+        perform: Carries out what a feed asks for after an answer.
+
+    Attributes:
+        catch_ups: How many answers went to connections.
+    """
+
+    def __init__(
+        self,
+        link: RedisLink,
+        keys: Keys,
+        background: Background,
+        outage: Outage,
+        *,
+        is_subscribed: Callable[[], bool],
+        perform: Callable[[UserFeed], None],
+    ) -> None:
+        self.catch_ups = 0
+        self._link = link
+        self._keys = keys
+        self._background = background
+        self._outage = outage
+        self._is_subscribed = is_subscribed
+        self._perform = perform
+        self._requests: RequestQueue[UserFeed] = RequestQueue()
+        self._wake = asyncio.Event()
+        self._pipelines = asyncio.Semaphore(PIPELINES)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests have not been sent yet."""
+        return len(self._requests)
+
+    def ask(self, feed: UserFeed, request: Request) -> None:
+        """Have a request carried out; the answer goes to whoever made it."""
+        self._requests.add(feed, request)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Send what is asked for, until cancelled."""
+        while True:
+            await self._wake.wait()
+            # One turn of the loop gathers what a reconnect of all feeds asks for.
+            await asyncio.sleep(0)
+            self._wake.clear()
+            while self._requests:
+                await self._pipelines.acquire()
+                requests = self._requests.take(READS_PER_PIPELINE)
+                self._background.spawn(self._carry_out(requests), "history-read")
+
+    async def _carry_out(self, requests: Sequence[SharedRequest[UserFeed]]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            # Whoever left meanwhile, as many do in a storm, needs no answer.
+            requests = [shared for shared in requests if shared.is_awaited]
+            if not requests:
+                return
+            calls = [self._call(shared.owner, shared.first) for shared in requests]
+            replies = await self._persist(lambda: self._link.run_each(calls))
+            turn_s = loop.time()
+            for shared, reply in zip(requests, replies, strict=True):
+                for request, answer in self._answers(shared, reply):
+                    self._answer(shared.owner, request, answer)
+                    self._perform(shared.owner)
+                    if loop.time() - turn_s > TURN_S:
+                        await asyncio.sleep(0)
+                        turn_s = loop.time()
+        finally:
+            self._pipelines.release()
+
+    def _call(self, feed: UserFeed, request: Request) -> ScriptCall:
+        if isinstance(request, Read):
+            return read_call(self._link, self._keys, feed.user_id, request)
+        if isinstance(request, FetchBody):
+            return fetch_call(self._link, self._keys, feed.user_id, request)
+        return self._link.call("rotate", self._keys.user(feed.user_id), None, request.epoch)
+
+    def _answers(
+        self, shared: SharedRequest[UserFeed], reply: Any
+    ) -> Sequence[tuple[Request, Any]]:
+        """Give who gets what. What is wrong with one user's data holds up nobody else."""
+        feed, first = shared.owner, shared.first
+        try:
+            if isinstance(reply, ScriptFailed):
+                raise reply
+            answer = page_from(feed.user_id, first, reply) if isinstance(first, Read) else reply
+        except (DecodingFailed, ScriptFailed) as error:
+            log.error("history not understood", user_id=feed.user_id, error=str(error))
+            for request in shared.waiting:
+                self._background.later(_RETRY_MOST_S, partial(self._try_again, feed, request))
+            return []
+        if isinstance(first, Rotate):
+            log.warning("history contradicts itself: new epoch", user_id=feed.user_id)
+        return [(request, answer) for request in shared.waiting]
+
+    def _answer(self, feed: UserFeed, request: Request, answer: Any) -> None:
+        cursor = request.cursor if isinstance(request, FetchBody) else None
+        try:
+            if isinstance(request, Rotate):
+                feed.receive_rotated(request)
+            elif isinstance(request, FetchBody):
+                request.cursor.receive_body(request, answer)
+            else:
+                if isinstance(request.requester, Cursor):
+                    cursor = request.requester
+                    self.catch_ups += 1
+                request.requester.receive_page(request, answer)
+        except Exception as error:
+            if isinstance(cursor, Cursor):
+                feed.give_up(cursor, error)
+            else:
+                log.exception("feed failed", user_id=feed.user_id)
+                self._background.later(_RETRY_MOST_S, partial(self._begin_anew, feed))
+
+    def _begin_anew(self, feed: UserFeed) -> None:
+        feed.lose()
+        feed.confirm()
+        self._perform(feed)
+
+    def _try_again(self, feed: UserFeed, request: Request) -> None:
+        """Ask once more, unless nobody waits for it by now."""
+        if request.is_awaited:
+            self.ask(feed, request)
+
+    async def _persist(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
+        """Read until Redis answers: to the machine, a read may take long, but never fails."""
+        retry_s = _RETRY_FIRST_S
+        while True:
+            try:
+                answer = await attempt()
+            except (RedisUnavailable, RedisMisconfigured, ScriptFailed) as error:
+                self._outage.begin(str(error))
+                await asyncio.sleep(retry_s)
+                retry_s = min(retry_s * 2, _RETRY_MOST_S)
+            else:
+                if self._is_subscribed():
+                    self._outage.end()
+                return answer

@@ -1,0 +1,102 @@
+"""Comparing what feeds have with what Redis has: pub/sub may swallow a message without a sign."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from gateway.outage import Outage
+from gateway.user_feed import UserFeed
+from relay.errors import RedisMisconfigured, RedisUnavailable
+from relay.keys import Keys
+from relay.recovery import FeedState
+from relay.scripts import RedisLink, ScriptFailed, mapped_errors
+from relay.subscriber import Subscriber
+
+ROUND_S = 4.0
+"""Each channel is compared this often."""
+
+STEPS = 16
+"""A round is spread over so many steps."""
+
+CHUNK = 100
+"""Channels compared in one pipeline: packing thousands would hold the loop up."""
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class PositionCheck:
+    """Finds the last message of a burst that was lost with nothing behind it (rule 13).
+
+    Args:
+        link: Redis.
+        keys: Key names.
+        subscriber: What brings the messages.
+        outage: Learns whether Redis answers.
+        perform: Carries out what a feed asks for.
+    """
+
+    def __init__(
+        self,
+        link: RedisLink,
+        keys: Keys,
+        subscriber: Subscriber,
+        outage: Outage,
+        perform: Callable[[UserFeed], None],
+    ) -> None:
+        self._link = link
+        self._keys = keys
+        self._subscriber = subscriber
+        self._outage = outage
+        self._perform = perform
+        self._step = 0
+
+    async def advance(self, feeds: Sequence[UserFeed]) -> None:
+        """Do the next step of a round over these feeds."""
+        self._step = (self._step + 1) % STEPS
+        checked = [feed for feed in feeds[self._step :: STEPS] if feed.state is FeedState.LIVE]
+        if not checked and not self._outage.is_on:
+            return
+        for start in range(0, max(1, len(checked)), CHUNK):
+            if not await self.check(checked[start : start + CHUNK]):
+                return
+
+    async def check(self, feeds: Sequence[UserFeed]) -> bool:
+        """Compare positions with Redis; tells whether it answered."""
+        heads = [feed.head for feed in feeds]
+        try:
+            with mapped_errors(self._link.url):
+                pipeline = self._link.client.pipeline(transaction=False)
+                pipeline.ping()
+                for feed in feeds:
+                    pipeline.hmget(self._keys.user(feed.user_id).channel, ["epoch", "offset"])
+                _, *stored = await pipeline.execute(raise_on_error=False)
+        except (RedisUnavailable, RedisMisconfigured, ScriptFailed) as error:
+            self._outage.begin(str(error))
+            return False
+        if self._subscriber.is_connected:
+            self._outage.end()
+        missing: list[tuple[UserFeed, int]] = []
+        for feed, head, answer in zip(feeds, heads, stored, strict=True):
+            # A key of another type is one user's trouble; reading reports it.
+            epoch, offset = (None, None) if isinstance(answer, Exception) else answer
+            if epoch is None or offset is None or epoch.decode() != feed.epoch:
+                self._repair(feed)
+            elif int(offset) < head:
+                # Less than it had when Redis was asked.
+                self._repair(feed)
+            elif int(offset) > feed.head:
+                missing.append((feed, int(offset)))
+        # A message may be on its way, or wait for us: only what is still missing behind everything
+        # that Redis sent before counts as lost.
+        if missing and await self._subscriber.barrier():
+            for feed, expected in missing:
+                if feed.head < expected and feed.state is FeedState.LIVE:
+                    log.info("swallowed message noticed", user_id=feed.user_id, offset=expected)
+                    self._repair(feed)
+        return True
+
+    def _repair(self, feed: UserFeed) -> None:
+        feed.sync()
+        self._perform(feed)
