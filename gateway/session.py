@@ -37,7 +37,10 @@ EXPIRY_WARNING_MS = 30_000
 """Announced so long before a token expires; enough for a page to fetch a new one."""
 
 EXPIRY_LEEWAY_MS = 30_000
-"""A token that was accepted after its expiry, within the leeway, lasts this long."""
+"""A token that was accepted after its expiry, within the leeway, ends with it.
+
+However often it connects: it is worth nothing this long after its expiry.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +254,7 @@ class Session:
     def _set_expiry(self, expires_at_ms: int, now_ms: int) -> None:
         self._expires_at_ms = expires_at_ms
         is_in_leeway = expires_at_ms <= now_ms
-        self._end_ms = now_ms + EXPIRY_LEEWAY_MS if is_in_leeway else expires_at_ms
+        self._end_ms = expires_at_ms + (EXPIRY_LEEWAY_MS if is_in_leeway else 0)
         self._is_warned = False
 
     @property

@@ -236,11 +236,11 @@ def test_token_in_its_last_seconds_is_announced_at_once() -> None:
     assert isinstance(session.advance(NOW + 5_000)[0], Close)
 
 
-def test_token_within_the_leeway_gets_the_leeway() -> None:
+def test_token_within_the_leeway_gets_what_is_left_of_it() -> None:
     session = Session("alice", NOW - 10_000, LIMITS, NOW)
     assert isinstance(session.advance(NOW)[0], Reply)
-    assert session.advance(NOW + 29_999) == []
-    assert isinstance(session.advance(NOW + 30_000)[0], Close)
+    assert session.advance(NOW + 19_999) == []
+    assert isinstance(session.advance(NOW + 20_000)[0], Close)
 
 
 def test_refreshed_token_moves_the_end() -> None:
