@@ -48,6 +48,8 @@ class PubSubConnection(asyncio.BufferedProtocol):
         self.lost: asyncio.Future[BaseException] = self._loop.create_future()
         self.heard_at_s = self._loop.time()
         self._buffer = bytearray(CHUNK_BYTES)
+        # asyncio's TLS reads into slices of what it is given; those of a bytearray are copies.
+        self._view = memoryview(self._buffer)
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE)
         self._transport: asyncio.Transport | None = None
         # Redis answers in order: the oldest ping is the one that a pong belongs to.
@@ -104,9 +106,9 @@ class PubSubConnection(asyncio.BufferedProtocol):
 
     # --- Receiving (asyncio) ---
 
-    def get_buffer(self, sizehint: int) -> bytearray:
+    def get_buffer(self, sizehint: int) -> memoryview:
         """Give asyncio where to put what it reads."""
-        return self._buffer
+        return self._view
 
     def buffer_updated(self, nbytes: int) -> None:
         """Hand over all that the chunk completes."""

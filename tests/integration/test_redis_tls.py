@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from agent_worker import AgentWebSocketBridge, Run, Worker
 from gateway.app import running_gateway
 from relay.errors import RedisMisconfigured, RedisUnavailable
 from relay.scripts import RedisLink
+from relay.subscriber import Subscriber
 from tests.conftest import OwnRedis
 from tests.integration.gateway_support import gateway_settings, tab
 from tests.integration.worker_support import worker_settings
@@ -62,6 +65,46 @@ def tls_redis(tmp_path: Path, own_redis: OwnRedis) -> StartTls:
         return TlsRedis(authority, authority.issue("client"), port, started.url)
 
     return start
+
+
+@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_messages_come_whole_and_in_order_through_tls(
+    tls_redis: StartTls, make_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """asyncio's own TLS, and uvloop's, each put what they read into the buffer they are given."""
+    payloads = [b"%d" % number * (60_000 if number % 9 == 0 else 1) for number in range(60)]
+
+    async def check(url: str) -> list[bytes]:
+        heard: list[bytes] = []
+        confirmed = asyncio.Event()
+        link = RedisLink(url)
+        subscriber = Subscriber(
+            link,
+            on_message=lambda _, payload: heard.append(payload),
+            on_lost=lambda: heard.append(b"lost"),
+            on_confirmed=lambda _: confirmed.set(),
+        )
+        await subscriber.start()
+        try:
+            subscriber.subscribe(b"channel")
+            async with asyncio.timeout(10):
+                await confirmed.wait()
+                async with link.client.pipeline(transaction=False) as pipeline:
+                    for payload in payloads:
+                        pipeline.publish("channel", payload)
+                    await pipeline.execute()
+                assert await subscriber.barrier()
+        finally:
+            await subscriber.aclose()
+            await link.aclose()
+        return heard
+
+    with asyncio.Runner(loop_factory=make_loop) as runner:
+        assert runner.run(check(runner.run(started_url(tls_redis)))) == payloads
+
+
+async def started_url(tls_redis: StartTls) -> str:
+    return (await tls_redis()).url()
 
 
 async def problem(url: str) -> str:
