@@ -20,6 +20,7 @@ from gateway.wire import (
     close_frame,
     frame,
     read_close,
+    text_frame,
 )
 from relay.codec import Publication, splice
 from relay.errors import CloseCode
@@ -200,15 +201,16 @@ class DirectTransport(asyncio.Protocol):
         """Send an event."""
         data = publication.wire
         if data is None:
-            spliced = splice(publication.event, publication.offset, publication.seq)
-            data = publication.wire = frame(Opcode.TEXT, spliced)
+            data = publication.wire = text_frame(
+                splice(publication.event, publication.offset, publication.seq)
+            )
         if self._close is None:
             self._add(data)
 
     def send(self, payload: bytes, position: str) -> None:
         """Send another frame of ``relay.v1``."""
         if self._close is None:
-            self._add(frame(Opcode.TEXT, payload))
+            self._add(text_frame(payload))
 
     def send_ping(self, payload: bytes) -> None:
         """Ask the peer for a sign of life."""

@@ -7,16 +7,17 @@ import contextlib
 import errno
 import socket
 from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
 
 import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from gateway import websocket
 from gateway.doorkeeper import Lobby
-from gateway.http.problems import problem
 from gateway.websocket import RelayWebSocketProtocol
-from relay.errors import ConfigurationError, RequestRefused
+from relay.errors import ConfigurationError
 
 BACKLOG = 2048
 UNSENT_BYTES = 128 * 1024
@@ -136,31 +137,21 @@ class RelayHttpProtocol(H11Protocol):
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Let the WebSocket protocol go on, also with what came behind the request."""
-        super().handle_websocket_upgrade(event)
         early, _ = self.conn.trailing_data
-        protocol = self.transport.get_protocol()
-        if early and isinstance(protocol, asyncio.Protocol) and protocol is not self:
+        if self.ws_protocol_class is websocket.RelayWebSocketProtocol and websocket.can_read(event):
+            # h11 has read the request, as strictly; uvicorn would write and read it again.
+            self.connections.discard(self)
+            begun = websocket.RelayWebSocketProtocol(
+                self.config, self.server_state, self.app_state, self.loop
+            )
+            begun.connection_made(self.transport)
+            self.transport.set_protocol(begun)
+            begun.begin(event)
+        else:
+            super().handle_websocket_upgrade(event)
+        protocol: Any = self.transport.get_protocol()
+        if early and protocol is not self:
             protocol.data_received(early)
-
-    def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP, with a problem document as for everything else."""
-        cycle = self.cycle
-        if cycle is not None and not cycle.response_complete:
-            # Its request broke off in this: there is nothing that its answer could be sent to.
-            cycle.disconnected = True
-            cycle.message_event.set()
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            answer = problem(RequestRefused("bad_request"))
-            headers = [*answer.raw_headers, (b"connection", b"close")]
-            for part in (
-                h11.Response(
-                    status_code=answer.status_code, headers=headers, reason=b"Bad Request"
-                ),
-                h11.Data(data=bytes(answer.body)),
-                h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(part) or b"")
-        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""

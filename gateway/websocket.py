@@ -6,15 +6,19 @@ once it is done the application may take the socket over, see ``gateway.direct``
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, cast
 
+import h11
 from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.datastructures import Headers
 from websockets.exceptions import SecurityError
 from websockets.http11 import Request
 from websockets.protocol import State
+from websockets.server import ServerProtocol
 
 from gateway.direct import DirectTransport, Receiver, TickWriter
 from gateway.http.problems import problem
@@ -26,6 +30,14 @@ DIRECT_TRANSPORT = "relay.transport"
 MAX_EARLY_BYTES = 64 * 1024
 """A client may send before it has our answer; so much of it waits in memory."""
 
+MAX_HEADERS = 128
+MAX_LINE_BYTES = 8_000
+"""Below the websockets library's limits: what is above is for it to refuse, or to accept."""
+
+_BODY_HEADERS = (b"content-length", b"transfer-encoding")
+# RFC 9110, section 5.5: h11 lets control characters through.
+_HEADER_VALUE = re.compile(rb"[\x09\x20-\x7e\x80-\xff]*")
+
 TakeOver = Callable[[Receiver, TickWriter, int], DirectTransport | None]
 """Gives the accepted connection's socket to a receiver; ``send`` and ``receive`` end with it.
 
@@ -34,11 +46,35 @@ the client has gone meanwhile.
 """
 
 
+def can_read(request: h11.Request) -> bool:
+    """Whether a request may be taken as h11 read it; others go through every check again."""
+    if request.method != b"GET" or request.http_version != b"1.1":
+        return False
+    headers = list(request.headers)
+    if len(headers) > MAX_HEADERS or len(request.target) > MAX_LINE_BYTES:
+        return False
+    return all(
+        name not in _BODY_HEADERS
+        and len(name) + len(value) <= MAX_LINE_BYTES
+        and _HEADER_VALUE.fullmatch(value) is not None
+        for name, value in headers
+    )
+
+
 class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     """One connection's socket, until its handshake is over."""
 
     _early: bytearray | None = None
+    _has_begun_here = False
     _is_taken_over = False
+
+    def begin(self, request: h11.Request) -> None:
+        """Take a request for which ``can_read`` holds."""
+        self._has_begun_here = True
+        headers = Headers()
+        for name, value in request.headers:
+            headers[name.decode("ascii")] = value.decode("latin-1")
+        self.handle_connect(Request(request.target.decode("ascii"), headers))
 
     def data_received(self, data: bytes) -> None:
         """Take bytes from the peer."""
@@ -95,6 +131,11 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             # A client that has left, or was refused, completes the handshake too: then nobody
             # reads what it sent behind it.
             if self.conn.state is State.OPEN:
+                if self._has_begun_here:
+                    # This one has not seen the request, and would wait for it.
+                    self.conn = ServerProtocol(
+                        state=State.OPEN, max_size=self.config.ws_max_size, logger=self.logger
+                    )
                 self.transport.resume_reading()
                 if early:
                     self.data_received(early)

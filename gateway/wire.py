@@ -66,9 +66,21 @@ def header(opcode: int, size_bytes: int) -> bytes:
     return bytes((_FIN | opcode, 127)) + size_bytes.to_bytes(8)
 
 
+_COMMON_BYTES = 1_024
+_TEXT_HEADERS = tuple(header(Opcode.TEXT, size_bytes) for size_bytes in range(_COMMON_BYTES))
+
+
 def frame(opcode: int, payload: bytes) -> bytes:
     """Give a frame for a client."""
     return header(opcode, len(payload)) + payload
+
+
+def text_frame(payload: bytes) -> bytes:
+    """Give a text message for a client. Quicker than ``frame`` where most events are."""
+    size_bytes = len(payload)
+    if size_bytes < _COMMON_BYTES:
+        return _TEXT_HEADERS[size_bytes] + payload
+    return header(Opcode.TEXT, size_bytes) + payload
 
 
 def close_frame(code: int, reason: str) -> bytes:

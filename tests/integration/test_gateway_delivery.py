@@ -134,21 +134,22 @@ async def test_odd_user_ids_are_users_like_any_other(gateway: Gateway, work: Wor
 
 
 async def test_connection_is_established_only_when_the_subscription_is_confirmed(
-    gateway: Gateway, work: Work, redis: redis.asyncio.Redis
+    gateway: Gateway, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with tab(gateway):
-        pass  # The list of agents is now known, so that the handshake needs no Redis.
-    await redis.execute_command("CLIENT", "PAUSE", 600, "ALL")
-    paused_s = time.monotonic()
-    async with raw_tab(gateway, headers=bearer("bob")) as opened:
-        assert time.monotonic() - paused_s < 0.4
-        with pytest.raises(TimeoutError):
-            await opened.receive(0.35)
-        assert (await opened.receive())["type"] == "connection_established"
-        assert time.monotonic() - paused_s > 0.5
-        run_id = await work.run("bob")
-        assert (await opened.until("agent_completed"))["run_id"] == run_id
-        check_order(opened, "bob")
+    held: list[str] = []
+    confirm = gateway.hub.subscriber._on_confirmed
+    with monkeypatch.context() as patched:
+        patched.setattr(gateway.hub.subscriber, "_on_confirmed", held.append)
+        async with raw_tab(gateway, headers=bearer("bob")) as opened:
+            with pytest.raises(TimeoutError):
+                await opened.receive(0.35)
+            assert len(held) == 1
+            patched.undo()
+            confirm(held[0])
+            assert (await opened.receive())["type"] == "connection_established"
+            run_id = await work.run("bob")
+            assert (await opened.until("agent_completed"))["run_id"] == run_id
+            check_order(opened, "bob")
 
 
 async def test_request_sent_at_once_is_answered_after_the_establishment(

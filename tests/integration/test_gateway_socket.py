@@ -15,6 +15,7 @@ import pytest
 
 from gateway import direct
 from gateway.app import Gateway, running_gateway
+from gateway.server import Listener, bind, server_config
 from gateway.session import PINGS_AT_ONCE
 from gateway.wire import Opcode
 from relay.errors import CloseCode
@@ -78,8 +79,8 @@ class Wire:
 
 
 @contextlib.asynccontextmanager
-async def wire(gateway: Gateway, early: bytes = b"") -> AsyncIterator[Wire]:
-    host, port = gateway.url.removeprefix("http://").split(":")
+async def upgraded(url: str, early: bytes = b"") -> AsyncIterator[Wire]:
+    host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         writer.write(
@@ -92,11 +93,16 @@ async def wire(gateway: Gateway, early: bytes = b"") -> AsyncIterator[Wire]:
         async with asyncio.timeout(5):
             head = await reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 101 ")
-        opened = Wire(reader, writer)
-        assert json.loads(await opened.until(Opcode.TEXT))["type"] == "connection_established"
-        yield opened
+        yield Wire(reader, writer)
     finally:
         writer.close()
+
+
+@contextlib.asynccontextmanager
+async def wire(gateway: Gateway, early: bytes = b"") -> AsyncIterator[Wire]:
+    async with upgraded(gateway.url, early) as opened:
+        assert json.loads(await opened.until(Opcode.TEXT))["type"] == "connection_established"
+        yield opened
 
 
 async def test_ping_is_answered_with_its_payload_and_a_pong_is_not(gateway: Gateway) -> None:
@@ -179,6 +185,27 @@ async def test_requests_are_answered_in_their_order_however_they_arrive(
 async def test_frame_behind_the_handshake_is_not_lost(gateway: Gateway) -> None:
     async with wire(gateway, early=sent(Opcode.PING, b"early")) as opened:
         assert await opened.until(Opcode.PONG) == b"early"
+
+
+async def test_application_that_stays_with_asgi_is_served_too() -> None:
+    async def echo(scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["type"] == "websocket.connect"
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            await send({"type": "websocket.send", "text": message["text"].upper()})
+
+    listening = bind("127.0.0.1", 0, host_variable="HOST", port_variable="PORT")
+    listener = Listener(server_config(echo, max_frame_bytes=1_000), listening)
+    await listener.start()
+    try:
+        async with upgraded(listener.url, sent(Opcode.TEXT, b"early")) as opened:
+            assert await opened.until(Opcode.TEXT) == b"EARLY"
+            opened.send(Opcode.TEXT, b"late")
+            assert await opened.until(Opcode.TEXT) == b"LATE"
+            opened.send(Opcode.CLOSE, struct.pack("!H", 1000))
+            assert await opened.closed() == 1000
+    finally:
+        await listener.stop()
 
 
 async def test_idle_connection_has_no_task_and_keeps_nothing_of_its_handshake(

@@ -21,6 +21,7 @@ from gateway.wire import (
     close_frame,
     frame,
     read_close,
+    text_frame,
 )
 
 MAX = 1_000
@@ -57,10 +58,11 @@ def read(data: bytes, step: int | None = None) -> tuple[list[Message], int | Non
     return messages, None
 
 
-@pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65_535, 65_536])
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 1_023, 1_024, 65_535, 65_536])
 def test_frames_are_those_of_another_implementation(size: int) -> None:
     payload = b"x" * size
-    assert frame(Opcode.TEXT, payload) == Frame(TheirOpcode.TEXT, payload).serialize(mask=False)
+    theirs = Frame(TheirOpcode.TEXT, payload).serialize(mask=False)
+    assert frame(Opcode.TEXT, payload) == text_frame(payload) == theirs
 
 
 def test_close_frames_are_read_again_and_long_reasons_cut() -> None:
