@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -148,6 +149,18 @@ def test_relay_up_of_the_wheel_answers_a_question(installed: Path, tmp_path: Pat
     assert "nothing is left" in output
 
 
-def test_sdist_installs_too(distributions: Distributions, tmp_path: Path) -> None:
-    programs = install(tmp_path / "venv", distributions.sdist)
+def test_wheel_brings_the_pytest_plugin_along(distributions: Distributions) -> None:
+    archive = zipfile.ZipFile(distributions.wheel)
+    [name] = [name for name in archive.namelist() if name.endswith("/entry_points.txt")]
+    assert "[pytest11]\nrelay = relay.testing.plugin" in archive.read(name).decode()
+
+
+def test_sdist_installs_too_with_what_test_authors_need(
+    distributions: Distributions, tmp_path: Path
+) -> None:
+    programs = install(tmp_path / "venv", f"{distributions.sdist}[testing]")
     assert run(programs / "relay", "--version", cwd=tmp_path).startswith("relay ")
+    project = tmp_path / "project"
+    shutil.copytree(ROOT / "examples/testing_your_agent", project)
+    words = ("-m", "pytest", "-p", "no:cacheprovider", "-k", "booked")
+    assert "2 passed" in run(programs / "python", *words, cwd=project)

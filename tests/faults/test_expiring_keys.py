@@ -13,6 +13,7 @@ from relay.errors import PublishRefused
 from tests.conftest import OwnRedis
 from tests.faults.accounts import arrive, verify
 from tests.faults.load import Load
+from tests.faults.scene import under_load
 from tests.faults.sizes import sized
 from tests.support.fleet import Fleet
 from tests.support.stack import Stack
@@ -35,21 +36,18 @@ async def test_keys_that_expire_in_any_order_leave_a_channel_that_works(
     orders = list(itertools.permutations(NAMES))
     chosen = random.Random(7).sample(orders, size)
     async with (
-        Stack(tmp_path, server.url) as stack,
-        Load(server.url, stack.key_prefix) as load,
+        under_load(tmp_path, server.url) as (stack, load, fleet),
         server.client() as client,
     ):
-        await stack.start_gateways(2)
         places = asyncio.Semaphore(USERS_AT_ONCE)
-        async with Fleet(stack.urls, stack.token) as fleet:
 
-            async def live_through(number: int, order: tuple[str, ...]) -> None:
-                async with places:
-                    await _live_through(f"user-{number}", order, load, fleet, client)
+        async def live_through(number: int, order: tuple[str, ...]) -> None:
+            async with places:
+                await _live_through(f"user-{number}", order, load, fleet, client)
 
-            async with asyncio.TaskGroup() as group:
-                for number, order in enumerate(chosen):
-                    group.create_task(live_through(number, order))
+        async with asyncio.TaskGroup() as group:
+            for number, order in enumerate(chosen):
+                group.create_task(live_through(number, order))
         stack.assert_no_defects()
 
 

@@ -16,6 +16,7 @@ from tests.conftest import OwnRedis
 from tests.faults.accounts import arrive, verify
 from tests.faults.conftest import Report
 from tests.faults.load import Load, keep_publishing
+from tests.faults.scene import under_load
 from tests.faults.sizes import one_size, sized
 from tests.support.fleet import Fleet, FleetClient, percentile
 from tests.support.proxy import RedisProxy
@@ -45,40 +46,37 @@ async def test_subscriptions_killed_every_second_are_not_noticed(
 ) -> None:
     server = await own_redis()
     async with (
-        Stack(tmp_path, server.url) as stack,
-        Load(server.url, stack.key_prefix) as load,
+        under_load(tmp_path, server.url) as (stack, load, fleet),
         server.client() as redis,
     ):
-        await stack.start_gateways(2)
-        async with Fleet(stack.urls, stack.token) as fleet:
-            users = [f"user-{number}" for number in range(size.users)]
-            for user_id in users:
-                fleet.add(user_id)
-                fleet.add(user_id)
-            await fleet.connect()
-            runs = [await load.open(user_id) for user_id in users]
-            end_s = time.monotonic() + size.seconds
-            publishing = asyncio.create_task(
-                keep_publishing(runs, size.published_per_s, lambda: time.monotonic() > end_s)
-            )
-            killed = 0
-            while time.monotonic() < end_s:
-                await asyncio.sleep(1.0)
-                killed += await redis.client_kill_filter(_type="pubsub")
-            await publishing
-            await load.complete_all()
-            await arrive(load.runs, fleet.clients)
-            verify(load.runs, fleet.clients)
-            assert not fleet.outages()
-            assert killed >= size.seconds
-            delays = [
-                client.delay_s(index) * 1_000
-                for client in fleet.clients
-                for index, event in enumerate(client.events)
-                if event["type"] == "agent_thinking"
-            ]
-            assert percentile(delays, 0.99) < size.delay_limit_ms
-            report(killed=killed, p50_ms=percentile(delays, 0.5), p99_ms=percentile(delays, 0.99))
+        users = [f"user-{number}" for number in range(size.users)]
+        for user_id in users:
+            fleet.add(user_id)
+            fleet.add(user_id)
+        await fleet.connect()
+        runs = [await load.open(user_id) for user_id in users]
+        end_s = time.monotonic() + size.seconds
+        publishing = asyncio.create_task(
+            keep_publishing(runs, size.published_per_s, lambda: time.monotonic() > end_s)
+        )
+        killed = 0
+        while time.monotonic() < end_s:
+            await asyncio.sleep(1.0)
+            killed += await redis.client_kill_filter(_type="pubsub")
+        await publishing
+        await load.complete_all()
+        await arrive(load.runs, fleet.clients)
+        verify(load.runs, fleet.clients)
+        assert not fleet.outages()
+        assert killed >= size.seconds
+        delays = [
+            client.delay_s(index) * 1_000
+            for client in fleet.clients
+            for index, event in enumerate(client.events)
+            if event["type"] == "agent_thinking"
+        ]
+        assert percentile(delays, 0.99) < size.delay_limit_ms
+        report(killed=killed, p50_ms=percentile(delays, 0.5), p99_ms=percentile(delays, 0.99))
         stack.assert_no_defects()
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from tests.conftest import OwnRedis
 from tests.faults.accounts import arrive, verify
-from tests.faults.load import Load, LoadRun
+from tests.faults.load import LoadRun
+from tests.faults.scene import under_load
 from tests.faults.sizes import sized
-from tests.support.fleet import Fleet, FleetClient, Frame
-from tests.support.stack import Stack
+from tests.support.fleet import FleetClient, Frame
 
 RELOADS_PER_RUN = 10
 STEPS = 60
@@ -46,35 +46,30 @@ async def test_a_reload_at_any_moment_ends_in_the_same_state(
 ) -> None:
     server = await own_redis()
     chooser = random.Random(6)
-    async with (
-        Stack(tmp_path, server.url) as stack,
-        Load(server.url, stack.key_prefix) as load,
-    ):
-        await stack.start_gateways(2)
-        async with Fleet(stack.urls, stack.token) as fleet:
-            tab = fleet.add("alice", name="tab")
-            await fleet.connect()
-            done = 0
-            while done < size:
-                run = await load.open("alice")
-                working = asyncio.create_task(work(run))
-                reloaded = []
-                for number in range(min(RELOADS_PER_RUN, size - done)):
-                    # The last one reloads when the run has just ended.
-                    if number == RELOADS_PER_RUN - 1:
-                        await working
-                    else:
-                        await asyncio.sleep(chooser.random() * 0.2)
-                    page = fleet.add("alice", name=f"reload-{done}")
-                    await page.start()
-                    reloaded.append(page)
-                    done += 1
-                await working
-                pages = [tab, *reloaded]
-                await arrive([run], pages)
-                verify([run], pages)
-                expected = final_state(tab, run)
-                for page in reloaded:
-                    assert final_state(page, run) == expected, page.name
-                    await page.leave()
-                    fleet.clients.remove(page)
+    async with under_load(tmp_path, server.url) as (_, load, fleet):
+        tab = fleet.add("alice", name="tab")
+        await fleet.connect()
+        done = 0
+        while done < size:
+            run = await load.open("alice")
+            working = asyncio.create_task(work(run))
+            reloaded = []
+            for number in range(min(RELOADS_PER_RUN, size - done)):
+                # The last one reloads when the run has just ended.
+                if number == RELOADS_PER_RUN - 1:
+                    await working
+                else:
+                    await asyncio.sleep(chooser.random() * 0.2)
+                page = fleet.add("alice", name=f"reload-{done}")
+                await page.start()
+                reloaded.append(page)
+                done += 1
+            await working
+            pages = [tab, *reloaded]
+            await arrive([run], pages)
+            verify([run], pages)
+            expected = final_state(tab, run)
+            for page in reloaded:
+                assert final_state(page, run) == expected, page.name
+                await page.leave()
+                fleet.clients.remove(page)

@@ -19,6 +19,7 @@ from relay.errors import PublishRefused
 from tests.conftest import OwnRedis
 from tests.faults.accounts import arrive, verify
 from tests.faults.load import Load, LoadRun
+from tests.faults.scene import under_load
 from tests.faults.sizes import one_size
 from tests.support.fleet import Fleet, FleetClient
 from tests.support.proxy import RedisProxy
@@ -220,32 +221,27 @@ async def test_a_restart_with_a_complete_append_only_file_is_not_noticed(
     own_redis: OwnRedis, tmp_path: Path
 ) -> None:
     server = await own_redis(append_only=True)
-    async with (
-        Stack(tmp_path, server.url) as stack,
-        Load(server.url, stack.key_prefix) as load,
-    ):
-        await stack.start_gateways(2)
-        async with Fleet(stack.urls, stack.token) as fleet:
-            clients = [fleet.add("alice", urls=[url]) for url in stack.urls]
-            away = fleet.add("alice", name="away")
-            await fleet.connect()
-            run = await load.open("alice")
-            for _ in range(3):
-                await _publish(run, 20)
-                await away.until(_is_at(run))
-                await away.leave()
-                publishing = asyncio.create_task(_publish(run, 20))
-                await asyncio.sleep(0.01)
-                await server.kill()
-                await server.start()
-                await publishing
-                await run.think()
-                await run.settle()
-                await away.start()
-                for client in clients:
-                    await client.until(_is_at(run))
-            await load.complete_all()
-            await arrive(load.runs, fleet.clients)
-            verify(load.runs, fleet.clients)
-            assert not any(client.resets for client in fleet.clients)
-            assert not any(client.outages for client in clients)
+    async with under_load(tmp_path, server.url) as (stack, load, fleet):
+        clients = [fleet.add("alice", urls=[url]) for url in stack.urls]
+        away = fleet.add("alice", name="away")
+        await fleet.connect()
+        run = await load.open("alice")
+        for _ in range(3):
+            await _publish(run, 20)
+            await away.until(_is_at(run))
+            await away.leave()
+            publishing = asyncio.create_task(_publish(run, 20))
+            await asyncio.sleep(0.01)
+            await server.kill()
+            await server.start()
+            await publishing
+            await run.think()
+            await run.settle()
+            await away.start()
+            for client in clients:
+                await client.until(_is_at(run))
+        await load.complete_all()
+        await arrive(load.runs, fleet.clients)
+        verify(load.runs, fleet.clients)
+        assert not any(client.resets for client in fleet.clients)
+        assert not any(client.outages for client in clients)

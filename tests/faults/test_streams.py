@@ -11,9 +11,9 @@ from tests.conftest import OwnRedis
 from tests.faults.accounts import arrive, verify
 from tests.faults.conftest import Report
 from tests.faults.load import Load, LoadRun
+from tests.faults.scene import under_load
 from tests.faults.sizes import sized
 from tests.support.fleet import Fleet, FleetClient
-from tests.support.stack import Stack
 
 DELTAS_PER_TOOL = 100
 RUN_DEADLINE_S = 300.0
@@ -81,35 +81,28 @@ async def test_joining_anywhere_gives_each_message_once_and_identical(
 ) -> None:
     server = await own_redis()
     settings = {"MAX_CONNECTIONS_PER_USER": size.joins + 5}
-    async with (
-        Stack(tmp_path, server.url, settings=settings) as stack,
-        Load(server.url, stack.key_prefix) as load,
-    ):
-        await stack.start_gateways(2)
-        async with Fleet(stack.urls, stack.token) as fleet:
-            witness = fleet.add("alice", name="witness")
-            await fleet.connect()
-            finished = await load.open("alice")
-            await finished.think()
-            await finished.call_tool()
-            await finished.complete()
-            run = await load.open("alice")
-            publishing = asyncio.ensure_future(stream(run, size.deltas))
-            joined = await join_while(publishing, fleet, load, size.joins, size.deltas)
-            await publishing
-            await run.complete()
-            # The finished run's events are still there, behind all that text.
-            everything = fleet.add("alice", since="0", name="everything")
-            await everything.start()
-            await arrive(load.runs, fleet.clients, RUN_DEADLINE_S)
-            verify(load.runs, fleet.clients)
-            assert_past_is_joined(joined, [run])
-            live = sum(event["type"] == "text_delta" for event in witness.events)
-            late = sum(event["type"] == "text_delta" for event in everything.events)
-            assert late == len(run.texts)
-            report(
-                deltas=size.deltas, text_frames_live=live, text_frames_late=late, joins=size.joins
-            )
+    async with under_load(tmp_path, server.url, settings=settings) as (_, load, fleet):
+        witness = fleet.add("alice", name="witness")
+        await fleet.connect()
+        finished = await load.open("alice")
+        await finished.think()
+        await finished.call_tool()
+        await finished.complete()
+        run = await load.open("alice")
+        publishing = asyncio.ensure_future(stream(run, size.deltas))
+        joined = await join_while(publishing, fleet, load, size.joins, size.deltas)
+        await publishing
+        await run.complete()
+        # The finished run's events are still there, behind all that text.
+        everything = fleet.add("alice", since="0", name="everything")
+        await everything.start()
+        await arrive(load.runs, fleet.clients, RUN_DEADLINE_S)
+        verify(load.runs, fleet.clients)
+        assert_past_is_joined(joined, [run])
+        live = sum(event["type"] == "text_delta" for event in witness.events)
+        late = sum(event["type"] == "text_delta" for event in everything.events)
+        assert late == len(run.texts)
+        report(deltas=size.deltas, text_frames_live=live, text_frames_late=late, joins=size.joins)
 
 
 @sized(small=Size(deltas=400, joins=6), full=Size(deltas=10_000, joins=50))
@@ -118,22 +111,17 @@ async def test_two_runs_side_by_side_do_not_disturb_each_other(
 ) -> None:
     server = await own_redis()
     settings = {"MAX_CONNECTIONS_PER_USER": size.joins + 5}
-    async with (
-        Stack(tmp_path, server.url, settings=settings) as stack,
-        Load(server.url, stack.key_prefix) as load,
-    ):
-        await stack.start_gateways(2)
-        async with Fleet(stack.urls, stack.token) as fleet:
-            fleet.add("alice", name="witness")
-            await fleet.connect()
-            runs = [await load.open("alice"), await load.open("alice")]
-            publishing = asyncio.gather(*(stream(run, size.deltas) for run in runs))
-            joined = await join_while(publishing, fleet, load, size.joins, size.deltas)
-            await publishing
-            await load.complete_all()
-            await arrive(load.runs, fleet.clients, RUN_DEADLINE_S)
-            verify(load.runs, fleet.clients)
-            assert_past_is_joined(joined, runs)
+    async with under_load(tmp_path, server.url, settings=settings) as (_, load, fleet):
+        fleet.add("alice", name="witness")
+        await fleet.connect()
+        runs = [await load.open("alice"), await load.open("alice")]
+        publishing = asyncio.gather(*(stream(run, size.deltas) for run in runs))
+        joined = await join_while(publishing, fleet, load, size.joins, size.deltas)
+        await publishing
+        await load.complete_all()
+        await arrive(load.runs, fleet.clients, RUN_DEADLINE_S)
+        verify(load.runs, fleet.clients)
+        assert_past_is_joined(joined, runs)
 
 
 @sized(small=Size(deltas=300, joins=6), full=Size(deltas=5_000, joins=50))
@@ -142,25 +130,20 @@ async def test_a_retried_attempt_replaces_the_text_of_the_first(
 ) -> None:
     server = await own_redis()
     settings = {"MAX_CONNECTIONS_PER_USER": size.joins + 5}
-    async with (
-        Stack(tmp_path, server.url, settings=settings) as stack,
-        Load(server.url, stack.key_prefix) as load,
-    ):
-        await stack.start_gateways(2)
-        async with Fleet(stack.urls, stack.token) as fleet:
-            fleet.add("alice", name="witness")
-            await fleet.connect()
-            run = await load.open("alice")
-            publishing = asyncio.ensure_future(stream(run, size.deltas, retry_at=size.deltas // 2))
-            joined = await join_while(publishing, fleet, load, size.joins, size.deltas)
-            await publishing
-            await run.complete()
-            await arrive(load.runs, fleet.clients, RUN_DEADLINE_S)
-            verify(load.runs, fleet.clients)
-            assert_past_is_joined(joined, [run])
-            # Who came after the retry is not shown what it superseded.
-            for join in joined:
-                attempts = {key[0] for key in join.client.texts(run.run_id).pieces}
-                retried = next(e for e in join.client.events if e["type"] == "agent_retrying")
-                if retried["offset"] <= join.past_offset:
-                    assert attempts == {2}
+    async with under_load(tmp_path, server.url, settings=settings) as (_, load, fleet):
+        fleet.add("alice", name="witness")
+        await fleet.connect()
+        run = await load.open("alice")
+        publishing = asyncio.ensure_future(stream(run, size.deltas, retry_at=size.deltas // 2))
+        joined = await join_while(publishing, fleet, load, size.joins, size.deltas)
+        await publishing
+        await run.complete()
+        await arrive(load.runs, fleet.clients, RUN_DEADLINE_S)
+        verify(load.runs, fleet.clients)
+        assert_past_is_joined(joined, [run])
+        # Who came after the retry is not shown what it superseded.
+        for join in joined:
+            attempts = {key[0] for key in join.client.texts(run.run_id).pieces}
+            retried = next(e for e in join.client.events if e["type"] == "agent_retrying")
+            if retried["offset"] <= join.past_offset:
+                assert attempts == {2}

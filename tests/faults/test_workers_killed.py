@@ -15,7 +15,6 @@ from tests.faults.crew import (
     LEASE_MS,
     SETTINGS,
     WHOLE_TEXT,
-    add_tabs,
     all_ended,
     ask,
     ask_many,
@@ -25,16 +24,15 @@ from tests.faults.crew import (
     run_of_worker,
     seconds_until,
     seen,
-    settings_for,
     start_worker,
     start_workers,
     types_of,
     verify,
 )
+from tests.faults.scene import user_with_tabs
 from tests.faults.sizes import sized
 from tests.faults.worker_agents import talked
-from tests.integration.worker_support import Client
-from tests.support.fleet import Fleet, percentile
+from tests.support.fleet import percentile
 from tests.support.stack import Stack
 
 MARGIN_S = 2.5
@@ -59,12 +57,7 @@ async def test_killed_workers_runs_end_or_are_retried_on_every_tab(
     async with Stack(tmp_path, server.url, settings=SETTINGS) as stack:
         await asyncio.gather(stack.start_gateways(3), start_workers(stack, 3))
         for number in range(size.rounds):
-            async with (
-                Fleet(stack.urls, stack.token, seed=number) as fleet,
-                Client(settings_for(stack), f"user-{number}") as client,
-            ):
-                tabs = add_tabs(fleet, client.user_id)
-                await fleet.connect()
+            async with user_with_tabs(stack, f"user-{number}", seed=number) as (client, tabs):
                 await contact(client, 3, is_first=number == 0)
                 # Of three workers with sixty runs, one has twenty at least.
                 agents = ["hold", "hold-again"] * 30
@@ -132,12 +125,7 @@ async def test_worker_that_wakes_up_after_its_lease_says_nothing_more(
     async with Stack(tmp_path, server.url, settings=SETTINGS) as stack:
         await asyncio.gather(stack.start_gateways(2), start_workers(stack, 2))
         for number in range(size.rounds):
-            async with (
-                Fleet(stack.urls, stack.token, seed=number) as fleet,
-                Client(settings_for(stack), f"user-{number}") as client,
-            ):
-                tabs = add_tabs(fleet, client.user_id)
-                await fleet.connect()
+            async with user_with_tabs(stack, f"user-{number}", seed=number) as (client, tabs):
                 await contact(client, 2, is_first=number == 0)
                 agents = ["talk-again"] * 6 + ["hold-again"] * 2
                 contents = [TALK_STEPS] * 6 + [60] * 2
@@ -213,12 +201,7 @@ async def test_poison_lies_in_the_dead_letters_and_the_others_go_on(
     restarts = 0
     async with Stack(tmp_path, server.url, settings=SETTINGS) as stack:
         await asyncio.gather(stack.start_gateways(2), start_workers(stack, 2))
-        async with (
-            Fleet(stack.urls, stack.token) as fleet,
-            Client(settings_for(stack), "alice") as client,
-        ):
-            tabs = add_tabs(fleet, client.user_id)
-            await fleet.connect()
+        async with user_with_tabs(stack, "alice") as (client, tabs):
             await contact(client, 2, is_first=False)
 
             async def keep_alive() -> None:

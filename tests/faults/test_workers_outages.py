@@ -15,7 +15,6 @@ from tests.faults.conftest import Report
 from tests.faults.crew import (
     LEASE_MS,
     SETTINGS,
-    add_tabs,
     all_ended,
     ask,
     ask_many,
@@ -23,16 +22,15 @@ from tests.faults.crew import (
     event_of,
     now_s,
     seen,
-    settings_for,
     start_worker,
     start_workers,
     types_of,
     verify,
 )
+from tests.faults.scene import user_with_tabs
 from tests.faults.sizes import sized
 from tests.faults.worker_agents import BEGUN, FINISHED, talked
-from tests.integration.worker_support import Client
-from tests.support.fleet import Fleet, FleetClient
+from tests.support.fleet import FleetClient
 from tests.support.proxy import RedisProxy
 from tests.support.stack import Stack
 
@@ -63,12 +61,7 @@ async def test_publish_whose_acknowledgement_is_cut_appears_once(
             number = 0
             while cuts < size.cuts:
                 number += 1
-                async with (
-                    Fleet(stack.urls, stack.token, seed=number) as fleet,
-                    Client(settings_for(stack), f"user-{number}") as client,
-                ):
-                    tabs = add_tabs(fleet, client.user_id)
-                    await fleet.connect()
+                async with user_with_tabs(stack, f"user-{number}", seed=number) as (client, tabs):
                     run_ids = await ask_many(tabs, ["talk"] * 4, "200 0.005")
                     while cuts < size.cuts and not any(map(tabs[0].has_ended, run_ids)):
                         # The batch is carried out, and its answer lost; now and then the answer
@@ -112,12 +105,7 @@ async def test_runs_go_on_when_redis_is_back(
     server = await own_redis(append_only=True)
     async with Stack(tmp_path, server.url, settings=SETTINGS) as stack:
         await asyncio.gather(stack.start_gateways(2), start_workers(stack, 2))
-        async with (
-            Fleet(stack.urls, stack.token) as fleet,
-            Client(settings_for(stack), "alice") as client,
-        ):
-            tabs = add_tabs(fleet, client.user_id)
-            await fleet.connect()
+        async with user_with_tabs(stack, "alice") as (client, tabs):
             await contact(client, 2)
             content = f"{size.steps} {size.step_s}"
             run_ids = await ask_many(tabs, ["talk"] * size.runs, content)
@@ -158,12 +146,7 @@ async def test_agent_that_blocks_its_event_loop_is_stalled_and_goes_on(
     async with Stack(tmp_path, server.url, settings=SETTINGS) as stack:
         # Every one of these processes has a reaper that would take the run.
         await asyncio.gather(stack.start_gateways(2), start_workers(stack, 2))
-        async with (
-            Fleet(stack.urls, stack.token) as fleet,
-            Client(settings_for(stack), "alice") as client,
-        ):
-            tabs = add_tabs(fleet, client.user_id)
-            await fleet.connect()
+        async with user_with_tabs(stack, "alice") as (client, tabs):
             await contact(client, 2, is_first=False)
             run_ids = []
             for _ in range(size.blocks):

@@ -31,6 +31,7 @@ from tests.faults.crew import (
     types_of,
     verify,
 )
+from tests.faults.scene import user_with_tabs
 from tests.faults.sizes import sized
 from tests.integration.worker_support import Client
 from tests.support.fleet import Fleet, FleetClient, percentile
@@ -86,12 +87,7 @@ async def test_of_two_tabs_that_answer_at_the_same_instant_one_wins(
     count = itertools.count(1)
     async with Stack(tmp_path, server.url, settings=SETTINGS) as stack:
         await asyncio.gather(stack.start_gateways(2), start_worker(stack))
-        async with (
-            Fleet(stack.urls, stack.token) as fleet,
-            Client(settings_for(stack), "alice") as client,
-        ):
-            tabs = add_tabs(fleet, client.user_id)
-            await fleet.connect()
+        async with user_with_tabs(stack, "alice") as (client, tabs):
             winners: dict[str, list[str]] = {}
             for _ in range(size.runs):
                 run_id = await ask(tabs[0], "ask", size.questions)
@@ -293,12 +289,7 @@ async def test_deploying_workers_loses_nothing_and_the_approval_still_works(
         settings = {"WORKER_CONCURRENCY": 6, "WORKER_GRACE_S": grace_s}
         _, old = await asyncio.gather(stack.start_gateways(2), start_worker(stack, **settings))
         for number in range(size.rounds):
-            async with (
-                Fleet(stack.urls, stack.token, seed=number) as fleet,
-                Client(settings_for(stack), f"user-{number}") as client,
-            ):
-                tabs = add_tabs(fleet, client.user_id)
-                await fleet.connect()
+            async with user_with_tabs(stack, f"user-{number}", seed=number) as (client, tabs):
                 await contact(client, 1, is_first=number == 0)
                 at_work = [await ask(tabs[0], "hold-again", 2.5) for _ in range(4)]
                 approvals = [await ask(tabs[0], "approve", "please") for _ in range(2)]

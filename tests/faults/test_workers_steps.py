@@ -29,6 +29,7 @@ from tests.faults.crew import (
     start_worker,
     verify,
 )
+from tests.faults.scene import user_with_tabs
 from tests.faults.sizes import sized
 from tests.integration.worker_support import Client
 from tests.support.fleet import Fleet
@@ -190,12 +191,7 @@ async def test_worker_killed_within_claim_and_finish(
             _, victim = await asyncio.gather(
                 stack.start_gateways(2), start_worker(stack, redis_url=proxy.redis_url)
             )
-            async with (
-                Fleet(stack.urls, stack.token) as fleet,
-                Client(settings_for(stack), "alice") as client,
-            ):
-                tabs = add_tabs(fleet, client.user_id)
-                await fleet.connect()
+            async with user_with_tabs(stack, "alice") as (client, tabs):
                 await load_all(client)
                 run_ids = []
                 for number, point in enumerate(size.points):

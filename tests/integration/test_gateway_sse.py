@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from gateway.app import Gateway, running_gateway
+from relay.testing import streams
 from tests.integration.gateway_support import (
     DEADLINE_S,
     Work,
@@ -43,6 +44,7 @@ class Stream:
     def __init__(self, response: httpx.Response) -> None:
         self._lines = response.aiter_lines()
         self.blocks: list[dict[str, Any]] = []
+        streams.record("stream", None, lambda: [block["frame"] for block in self.blocks])
 
     async def receive(self) -> dict[str, Any]:
         fields: dict[str, str] = {}
