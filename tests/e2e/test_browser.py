@@ -324,7 +324,9 @@ async def test_hostile_output_of_an_agent_is_inert(
     )
     await tab.page.wait_for_function("window.breaches.length > 0")
     assert await tab.page.evaluate("window.pwned") is None
-    with pytest.raises(AssertionError, match="Content Security Policy"):
+    with pytest.raises(
+        AssertionError, match=r"Content Security Policy|settings blocked an event handler"
+    ):
         await tab.assert_quiet()
 
 
@@ -380,7 +382,6 @@ async def test_page_fits_every_screen_in_both_themes(
     await wide.ask(QUESTION, "docs")
     for name, tab in (("wide", wide), ("phone", phone)):
         await tab.wait_answer("completed")
-        await take_screenshot(tab, tmp_path / f"{scheme}-{name}.png")
         overflow = await tab.page.evaluate(
             "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
@@ -389,6 +390,8 @@ async def test_page_fits_every_screen_in_both_themes(
         await expect(tab.get("send")).to_be_in_viewport(ratio=1)
         await expect(tab.get("connection-state")).to_be_in_viewport(ratio=1)
         await tab.assert_quiet()
+        # For this a style is put into the page, which Firefox reports as a breach of its policy.
+        await take_screenshot(tab, tmp_path / f"{scheme}-{name}.png")
     before = await darkness(wide)
     assert before is (scheme == "dark")
     await wide.get("theme-toggle").click()
