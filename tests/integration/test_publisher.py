@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 import redis.asyncio
 
+from relay.columns import Columns
 from relay.errors import GrammarViolation, InvalidEvent, PublishRefused, RunEnded, StaleFence
 from relay.events import EventType
 from relay.keys import BODY_PIECE_BYTES
@@ -296,3 +297,17 @@ async def test_scripts_that_redis_has_forgotten_are_loaded_again(
             await redis.script_flush()
         await complete(stream)
     assert await thoughts(channel) == list(range(5))
+
+
+async def test_a_batch_that_cannot_be_sent_ends_its_run_alone(channel: Channel) -> None:
+    submitted = [await channel.submit() for _ in range(2)]
+    async with Publisher(channel.link, channel.all_keys) as publisher:
+        broken, stream = [publisher.open(await channel.claim(one.run_id)) for one in submitted]
+        for one in (broken, stream):
+            await one.publish(EventType.AGENT_STARTED, {})
+        columns = Columns(0, "custom", "", object(), b"{}", "")  # type: ignore[arg-type]
+        broken.batches.add_event(columns)
+        with pytest.raises(PublishRefused):
+            await broken.flush()
+        await complete(stream)
+    assert types(await channel.read())[-1] == "agent_completed"

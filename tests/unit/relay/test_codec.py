@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.codec import (
+    EventEncoder,
     Position,
     Publication,
     RunEnvelope,
@@ -168,3 +169,12 @@ def test_other_msgpack_is_refused_as_task(value: Any, field: Any) -> None:
     for message in (value, bad, {**bad, "agent": "a"}):
         with pytest.raises(DecodingFailed):
             decode_task(msgpack.packb(message))
+
+
+@pytest.mark.parametrize("event_type", list(EventType))
+def test_an_encoder_gives_the_bytes_of_its_envelope(event_type: EventType) -> None:
+    envelope = RunEnvelope("run_1", 2, 't"h', "álice", "docs")
+    encoder = EventEncoder(envelope)
+    for timestamp_ms, data in ((0, {"a": '","data":null}'}), (1_700_000_000_123, {"b": [1.5]})):
+        expected = envelope.encode(event_type, timestamp_ms, data)
+        assert encoder.encode(event_type, timestamp_ms, data) == expected
