@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: help run setup check test faults bench bench-accept scale soak clean
+.PHONY: help run setup check test faults mutations bench bench-accept scale soak clean
 
 # More arguments for the command behind run, test, faults, bench, scale and soak.
 ARGS ?=
@@ -34,6 +34,7 @@ help:
 	@echo 'make check    lint, format, types, import contracts'
 	@echo 'make test     all tests but the full fault rounds (ARGS="-k name" to choose)'
 	@echo 'make faults   the full fault rounds'
+	@echo 'make mutations  take one safeguard at a time out of a copy; its tests must go red'
 	@echo 'make bench    throughput, latency and memory (under 10 minutes); bench-accept accepts its ratios'
 	@echo 'make scale    cost against connections, users, rate, tabs and size (under 10 minutes)'
 	@echo 'make soak     an hour of load'
@@ -57,6 +58,9 @@ test: setup
 faults: setup
 	$(BIN)/python -m pytest -m "faults_full or faults_both" --timeout 1800 $(ARGS)
 	@echo 'make faults: all passed.'
+
+mutations: setup
+	$(BIN)/python -m tests.mutations.run $(ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
