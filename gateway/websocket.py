@@ -6,6 +6,7 @@ once it is done the application may take the socket over, see ``gateway.direct``
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable
 from typing import Any, cast
@@ -123,6 +124,16 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
                 self.send_500_response()
         if not self._is_taken_over and self.close_timer is None:
             self.transport.close()
+
+    def on_task_complete(self, task: asyncio.Task[None]) -> None:
+        """Forget the application's task, and with the socket given away everything else."""
+        super().on_task_complete(task)
+        if self._is_taken_over:
+            # The objects of a handshake, some sixty, refer to each other in circles. Left to the
+            # collector they stay for long, and those of a storm hold the loop up when it comes.
+            self.conn.parser.close()
+            vars(self.conn).clear()
+            vars(self).clear()
 
     async def receive(self) -> ASGIReceiveEvent:
         """Give the application the next event, where it goes on through ASGI."""
