@@ -42,7 +42,7 @@ The data of each type of event is a schema below, named after the type. Every er
 document with `recovery_suggestions`. See docs/protocol.md."""
 
 _REF = "#/components/schemas/{model}"
-_AUTHENTICATED = ("invalid_token", "forbidden", "unavailable", "internal")
+_AUTHENTICATED = ("invalid_token", "forbidden", "rate_limited", "unavailable", "internal")
 _BODY = ("invalid_json", "invalid_frame", "frame_too_large")
 
 
@@ -117,7 +117,6 @@ _OPERATIONS: Sequence[_Operation] = (
             *_BODY,
             "payload_too_large",
             "unknown_agent",
-            "rate_limited",
             "thread_busy",
         ),
         RunBody,
@@ -172,7 +171,7 @@ _OPERATIONS: Sequence[_Operation] = (
                 media_type="text/event-stream",
             )
         },
-        (*_AUTHENTICATED, "invalid_frame", "rate_limited"),
+        (*_AUTHENTICATED, "invalid_frame"),
         parameters=(_SINCE, _CLIENT_ID, _LAST_EVENT_ID),
     ),
     _Operation(
@@ -181,7 +180,7 @@ _OPERATIONS: Sequence[_Operation] = (
         "issue_ticket",
         "Get a ticket for one WebSocket, or the reason why it would be refused",
         {201: _Answer("The ticket", TicketIssued)},
-        (*_AUTHENTICATED, "invalid_frame", "rate_limited"),
+        (*_AUTHENTICATED, "invalid_frame"),
         parameters=(_CLIENT_ID,),
     ),
     _Operation(
@@ -190,7 +189,7 @@ _OPERATIONS: Sequence[_Operation] = (
         "connect",
         "Open a WebSocket; see docs/protocol.md",
         {101: _Answer("The connection is a WebSocket from here on", media_type="")},
-        (*_AUTHENTICATED, "invalid_frame", "rate_limited", "upgrade_required"),
+        (*_AUTHENTICATED, "invalid_frame", "upgrade_required"),
         parameters=(_SINCE, _CLIENT_ID),
     ),
     _Operation(

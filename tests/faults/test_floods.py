@@ -69,12 +69,13 @@ async def nobody_left(stack: Stack, gateway: GatewayProcess) -> None:
 
 @dataclass(frozen=True)
 class Cycles:
+    # The allocator's arenas have their size after some thousands.
     warm_up: int
     count: int
     at_once: int
 
 
-@sized(small=Cycles(100, 200, 20), full=Cycles(2_000, 10_000, 50))
+@sized(small=Cycles(100, 200, 20), full=Cycles(4_000, 10_000, 50))
 async def test_connections_that_come_and_go_leave_a_node_where_it_was(
     size: Cycles, own_redis: OwnRedis, tmp_path: Path, report: Report
 ) -> None:
