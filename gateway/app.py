@@ -69,7 +69,7 @@ FIRST_PROBES = 5
 FIRST_PROBE_DEADLINE_S = 0.3
 """The first probes may overtake the subscription that should catch them: give up on them soon."""
 
-GC_THRESHOLDS = (10_000, 20, 50)
+GC_THRESHOLDS = (2_000, 10, 10)
 
 TICKS_AT_ONCE = 100
 """So many connections are looked at before others get their turn."""
