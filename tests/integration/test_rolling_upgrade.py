@@ -19,6 +19,7 @@ from relay.columns import Columns
 from relay.config import Settings
 from relay.keys import Keys
 from relay.orphans import sweep_orphans
+from relay.publisher import Publisher
 from relay.scripts import RedisLink, Script
 from relay.testing import SequenceChecker
 from tests.integration.gateway_support import (
@@ -36,17 +37,33 @@ STARTED = b'{"type":"agent_started","run_id":"r","later":[1],"data":{"newer":tru
 UNKNOWN = b'{"type":"later_type","run_id":"r","data":{}}'
 
 
+NEWER = b"""
+local function newer(message)
+  local parts = cmsgpack.unpack(message)
+  parts[1] = %d
+  parts[4] = {later = 1}
+  for _, entry in ipairs(parts[3]) do
+    entry[6] = 'more'
+  end
+  return cmsgpack.pack(parts)
+end
+"""
+
+
 def of_a_newer_release(scripts: dict[str, Script], version: int) -> dict[str, Script]:
     """Give the scripts as a later release could have them: more elements, another version."""
     newer = {}
     for name, script in scripts.items():
-        source = script.source.replace(b"WIRE_VERSION = 1", b"WIRE_VERSION = %d" % version)
-        for last in (b"batch.entries})", b"claims})", b"channel.epoch, {}})"):
-            source = source.replace(last, last[:-2] + b", 'from a later release', {later = 1}})")
-        source = source.replace(b"run_id, event}", b"run_id, event, 'more', {1}}")
+        source = script.source
+        for made in (
+            b"live_message(channel, batch)",
+            b"cmsgpack.pack({WIRE_VERSION, channel.epoch, {}})",
+        ):
+            source = source.replace(b"LIVE, " + made, b"LIVE, newer(" + made + b")")
+        source = NEWER % version + source
         sha = hashlib.sha1(source, usedforsecurity=False).hexdigest()
         newer[name] = Script(name, source, sha)
-    assert newer["publish"].source != scripts["publish"].source
+    assert newer["publish"].source.count(b"newer(") == 3
     return newer
 
 
@@ -66,8 +83,11 @@ async def test_gateway_delivers_everything_that_a_newer_worker_publishes(
     gateway: Gateway, settings: Settings, version: int, is_understood: bool
 ) -> None:
     checker = SequenceChecker()
-    async with Work(settings) as work, tab(gateway) as first, tab(gateway) as second:
-        work.link.scripts = of_a_newer_release(work.link.scripts, version)
+    newer = Work(settings)
+    newer.link.scripts = of_a_newer_release(newer.link.scripts, version)
+    # A publisher knows its script from the beginning.
+    newer.publisher = Publisher(newer.link, newer.keys)
+    async with newer as work, tab(gateway) as first, tab(gateway) as second:
         with structlog.testing.capture_logs() as logs:
             for _ in range(3):
                 run_id = await work.run(pieces=tuple("A text in several pieces."))
@@ -95,9 +115,8 @@ async def test_clients_get_what_a_newer_worker_adds_to_events(
     async with Work(settings) as work, tab(gateway) as opened:
         run_id = await work.submit()
         claim: Any = await work.registry.claim("alice", run_id, "worker", 15_000)
-        stream = work.publisher.open(claim, on_refused=None)
-        stream.batches.add_event(Columns(0, op, "", "", event, ""))
-        work.publisher.wake()
+        batch: list[Any] = [run_id, claim.fence, 1, "", "", *Columns(0, op, "", "", event, "")]
+        await work.link.run([work.link.call("publish", work.keys.user("alice"), run_id, *batch)])
         expected = orjson.loads(event)
         live = await opened.until(expected["type"])
         assert live == {**expected, "offset": live["offset"], "seq": 2}
