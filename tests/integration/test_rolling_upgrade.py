@@ -33,7 +33,7 @@ from tests.integration.gateway_support import (
 )
 from tests.integration.worker_support import Client, worker_settings
 
-STARTED = b'{"type":"agent_started","run_id":"r","later":[1],"data":{"newer":true}}'
+STARTED = b'{"type":"agent_started","run_id":"r","attempt":1,"later":[1],"data":{"newer":true}}'
 UNKNOWN = b'{"type":"later_type","run_id":"r","data":{}}'
 
 
