@@ -130,13 +130,6 @@ MUTATIONS = (
         [f"{UNIT}/relay/test_tokens.py"],
     ),
     Mutation(
-        "algorithms of a token",
-        "relay/tokens.py",
-        "or algorithm not in allowed:",
-        "or not allowed:",
-        [f"{UNIT}/relay/test_tokens.py"],
-    ),
-    Mutation(
         "expiry of a token",
         "relay/tokens.py",
         "if now_s >= expires_s + LEEWAY_S:",
