@@ -7,6 +7,9 @@ SHELL := /bin/sh
 
 # More arguments for the command behind run, test, faults, bench, scale and soak.
 ARGS ?=
+# Most tests wait for a process or for Redis, so that more of them than cores can run side by side.
+# Whole files, because what a file's tests share takes longer to start than they take.
+PARALLEL ?= --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 BIN := $(VENV)/bin
