@@ -169,6 +169,7 @@ class OwnRedis(Protocol):
         append_only: bool = False,
         password: str | None = None,
         options: Mapping[str, str] | None = None,
+        binary: str | None = None,
     ) -> RedisServer:
         """Give the server, started."""
         ...
@@ -184,12 +185,14 @@ def own_redis(tmp_path: Path) -> Iterator[OwnRedis]:
         append_only: bool = False,
         password: str | None = None,
         options: Mapping[str, str] | None = None,
+        binary: str | None = None,
     ) -> RedisServer:
         server = RedisServer(
             tmp_path / f"redis-{len(servers)}",
             append_only=append_only,
             password=password,
             options=options,
+            binary=binary,
         )
         servers.append(server)
         await server.start()

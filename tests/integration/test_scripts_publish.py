@@ -19,6 +19,8 @@ from relay.scripts import LogLimits
 from relay.staging import pieces_of
 from tests.integration.script_support import Channel, offsets, texts, types
 
+pytestmark = pytest.mark.every_redis
+
 
 @pytest_asyncio.fixture
 async def channel(redis_url: str, key_prefix: str) -> AsyncIterator[Channel]:

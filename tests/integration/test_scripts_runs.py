@@ -15,6 +15,8 @@ from relay.run_model import Claim, NotClaimed, RunLimits, SubmitRequest
 from relay.tasks import TASK_FIELD
 from tests.integration.script_support import Channel, types
 
+pytestmark = pytest.mark.every_redis
+
 
 @pytest_asyncio.fixture
 async def channel(redis_url: str, key_prefix: str) -> AsyncIterator[Channel]:
