@@ -5,7 +5,11 @@ What all other tests log is searched when the session ends (``tests/support/secr
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -29,6 +33,7 @@ from tests.support.secrets_watch import find_secrets, remember
 
 SECRET = remember("a secret of this file: at least thirty-two bytes", "the secret of test_secrets")
 PASSWORD = remember("a-password-of-this-file", "the password of test_secrets")
+ROOT = Path(__file__).parents[2]
 REDIS = f"redis://gateway:{PASSWORD}@127.0.0.1:1/0"
 
 
@@ -174,6 +179,32 @@ def test_watch_finds_what_it_is_for() -> None:
         "eyJ is how they begin",
     ):
         assert find_secrets(harmless) == []
+
+
+def test_watch_fails_a_session_whose_tests_run_in_other_processes(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(
+        "from tests.support.secrets_watch import SecretsWatch\n"
+        "def pytest_configure(config):\n"
+        "    config.pluginmanager.register(SecretsWatch(config))\n"
+    )
+    # A secret without a form, so that only the process that runs the test knows it.
+    (tmp_path / "test_it.py").write_text(
+        "from tests.support.secrets_watch import remember\n"
+        "def test_it():\n"
+        "    print(remember('shibboleth', 'their secret'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "xdist", "--numprocesses", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "their secret" in done.stdout
+    assert "shibboleth" not in done.stdout
 
 
 def test_log_lines_of_errors_show_no_secret(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ searched: the logs of all processes that tests started, and all output that pyte
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -28,6 +28,8 @@ _FORMS = {
 }
 # What `relay up` and `relay token` print on purpose, for the person who runs them.
 _LINK = re.compile(r"#token=\S+")
+
+_OUTPUT = "secrets_in_logs"
 
 _known: dict[str, str] = {password_of(role): f"the password of {role}" for role in ROLES}
 
@@ -78,6 +80,17 @@ class SecretsWatch:
             self._note(str(path), path.read_text(errors="replace"))
         if self._found:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        # One of several processes that run tests side by side: only it knows what its tests told it
+        # to remember, and only the one that started it is asked for the outcome.
+        output: dict[str, Any] | None = getattr(self._config, "workeroutput", None)
+        if output is not None:
+            output[_OUTPUT] = list(self._found)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take over what a process that ran some of the tests has found."""
+        # One that crashed has said nothing.
+        self._found |= dict.fromkeys(getattr(node, "workeroutput", {}).get(_OUTPUT, ()))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Say what was found."""
