@@ -207,8 +207,15 @@ MUTATIONS = (
     Mutation(
         "version of a live message",
         "relay/codec.py",
-        "version != WIRE_VERSION",
-        "version is None",
+        "if message[0] != WIRE_VERSION:",
+        "if message[0] is None:",
+        [f"{UNIT}/relay/test_codec.py", f"{INTEGRATION}/test_rolling_upgrade.py"],
+    ),
+    Mutation(
+        "version of a task",
+        "relay/codec.py",
+        "if version != WIRE_VERSION:",
+        "if version is None:",
         [f"{UNIT}/relay/test_codec.py", f"{INTEGRATION}/test_rolling_upgrade.py"],
     ),
 )
