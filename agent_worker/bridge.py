@@ -26,6 +26,7 @@ import structlog
 from agent_worker.attempts import lease_of
 from agent_worker.bridged_run import BridgedRun
 from agent_worker.definition import DEFAULT_STALL_AFTER_S, require_name
+from agent_worker.endings import REFUSED
 from agent_worker.errands import RegistryErrands
 from agent_worker.leases import Lease, LeaseKeeper
 from agent_worker.metrics import WorkerMetrics
@@ -367,6 +368,9 @@ class AgentWebSocketBridge:
         if kept is not None:
             self._leases.release(kept.lease)
             self.metrics.runs_active.labels(run.agent).dec()
+            self.metrics.runs_ended.labels(run.agent, run.status).inc()
+            if run.status != REFUSED:
+                self.metrics.run_seconds.labels(run.agent).observe(run.lasted_s)
             self._changed.set()
 
     def _require_open(self) -> None:

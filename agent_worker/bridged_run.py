@@ -13,7 +13,7 @@ import structlog
 from agent_worker import endings
 from agent_worker.attempts import info_of
 from agent_worker.conclusion import publish_ending
-from agent_worker.endings import Ending
+from agent_worker.endings import REFUSED, UNFINISHED, Ending
 from agent_worker.outlet import Outlet
 from agent_worker.run import Run
 from agent_worker.stops import CancelAsked, StopCause, WorkerStops
@@ -78,6 +78,7 @@ class BridgedRun(Run):
         self._refusal: PublishRefused | None = None
         self._is_ending = False
         self._is_ended = False
+        self._status = UNFINISHED
         self._log = _log.bind(run_id=self.run_id, agent=self.agent, user_id=self.user_id)
 
     @property
@@ -89,6 +90,16 @@ class BridgedRun(Run):
     def is_ended(self) -> bool:
         """Whether nothing more can be published."""
         return self._is_ended
+
+    @property
+    def status(self) -> str:
+        """How it ended, in one word, as ``relay_worker_runs_ended_total`` counts it."""
+        return self._status
+
+    @property
+    def lasted_s(self) -> float:
+        """How long ago it began."""
+        return self._clock() - self._began_s
 
     # --- the end ---
 
@@ -142,7 +153,11 @@ class BridgedRun(Run):
         self._is_ending = True
         try:
             ending = await publish_ending(self._stream, ending, self._log)
+            self._status = ending.status
             self._log.info("run_ended", status=ending.status, duration_ms=self._duration_ms())
+        except PublishRefused:
+            self._status = REFUSED
+            raise
         finally:
             await self.abandon()
 
@@ -157,7 +172,7 @@ class BridgedRun(Run):
         await self.end_waits()
 
     def _duration_ms(self) -> int:
-        return max(0, round((self._clock() - self._began_s) * 1000))
+        return max(0, round(self.lasted_s * 1000))
 
     # --- what is told from outside ---
 
@@ -177,6 +192,7 @@ class BridgedRun(Run):
         if self._refusal is not None or self._is_ending:
             return
         self._refusal = refusal
+        self._status = REFUSED
         self._log.warning("run_refused", reason=str(refusal))
         self._outlet.close(f"the run was taken from this attempt: {refusal}")
         if self._task is not None:

@@ -17,8 +17,9 @@ import structlog
 
 from agent_worker.attempts import info_of, lease_of
 from agent_worker.definition import AgentDefinition
+from agent_worker.endings import REFUSED, UNFINISHED
 from agent_worker.errands import RegistryErrands
-from agent_worker.execution import REFUSED, RELEASED, RETRYING, UNFINISHED, RunExecution
+from agent_worker.execution import RELEASED, RETRYING, RunExecution
 from agent_worker.leases import LeaseKeeper
 from agent_worker.metrics import WorkerMetrics
 from agent_worker.patience import REDIS_AWAY, delays, until_redis_answers

@@ -8,6 +8,12 @@ from typing import Any
 from relay.errors import AgentError
 from relay.events import EventType
 
+REFUSED = "refused"
+"""Status of an attempt that was ended or taken over elsewhere: nothing of its end was published."""
+
+UNFINISHED = "unfinished"
+"""Status of an attempt that was left without an end; the reaper gives it one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ending:

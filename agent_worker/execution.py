@@ -13,7 +13,7 @@ from agent_worker import endings
 from agent_worker.agent_call import AgentCall
 from agent_worker.conclusion import publish_ending, publish_retry
 from agent_worker.definition import AgentDefinition
-from agent_worker.endings import Ending, Retry
+from agent_worker.endings import REFUSED, Ending, Retry
 from agent_worker.errands import Errands
 from agent_worker.metrics import WorkerMetrics
 from agent_worker.outlet import Outlet
@@ -35,10 +35,8 @@ from relay.retry import retry_delay_ms
 if TYPE_CHECKING:
     from relay.run_stream import RunStream
 
-REFUSED = "refused"
 RELEASED = "released"
 RETRYING = "retrying"
-UNFINISHED = "unfinished"
 
 CANCEL_CHECK_S = 0.25
 """How often an attempt looks whether an acknowledgement said that it should stop."""

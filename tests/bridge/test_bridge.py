@@ -109,6 +109,8 @@ async def test_bridge_publishes_what_a_worker_publishes(
     assert essence(events) == essence(await client.checked_log(queued))
     assert await texts_of(client, bridged) == await texts_of(client, queued)
     assert "hunter2" not in str(events)
+    [call] = [event["data"] for event in events if event["type"] == "tool_executing"]
+    assert call["parameters"] == {"q": "x", "token": "[redacted]"}
     # Nothing is left of it: no task, no lane, no lease.
     assert await client.link.client.xlen(client.keys.tasks("researcher")) == 0
     assert not await client.link.client.exists(client.keys.user("alice").threads)
@@ -133,6 +135,21 @@ async def test_result_that_cannot_be_published_is_an_error(
     async with bridge.run(**opening()) as run:
         run.result = object()
     assert (await client.checked_log(run.run_id))[-1]["data"]["code"] == "agent_failed"
+
+
+async def test_nothing_is_cut_off_however_long_it_is(
+    bridge: AgentWebSocketBridge, client: Client
+) -> None:
+    thought, result = "é" * 20_000, {"text": "x" * 1_000_000, "rows": list(range(10_000))}
+    async with bridge.run(**opening(content="?" * 30_000)) as run:
+        await run.thinking(thought)
+        await run._stream.flush()
+        # Now, because the log holds no bytes of what is as large as the result.
+        queued, _, thinking = await client.log(run.run_id)
+        run.result = result
+    assert queued["data"]["content"] == "?" * 30_000
+    assert thinking["data"]["thought"] == thought
+    assert (await client.ended(run.run_id)).as_json()["result"] == result
 
 
 async def test_wrong_calls_raise_and_reach_nobody(
@@ -503,16 +520,47 @@ async def test_redis_that_is_not_there_at_the_start_is_a_failure(key_prefix: str
     await bridge.aclose()
 
 
-async def test_metrics_are_each_bridges_own(settings: Settings) -> None:
+def counted(bridge: AgentWebSocketBridge, name: str, **labels: str) -> float | None:
+    labels = {"agent": "researcher", **labels}
+    return bridge.metrics.registry.get_sample_value(f"relay_worker_{name}", labels)
+
+
+async def test_metrics_are_each_bridges_own_and_tell_how_runs_ended(
+    settings: Settings, client: Client
+) -> None:
     async with AgentWebSocketBridge(settings) as one, AgentWebSocketBridge(settings) as other:
         async with one.run(**opening()):
-            active = [
-                bridge.metrics.registry.get_sample_value(
-                    "relay_worker_runs_active", {"agent": "researcher"}
-                )
-                for bridge in (one, other)
-            ]
-        assert active == [1, None]
+            assert [counted(bridge, "runs_active") for bridge in (one, other)] == [1, None]
+        with pytest.raises(AgentError):
+            async with one.run(**opening()):
+                raise AgentError("timeout")
+        stopped = await one.open(**opening())
+        await client.registry.cancel("alice", stopped.run_id)
+        await client.ended(stopped.run_id)
+        with pytest.raises(PublishRefused):
+            await stopped.complete()
+        taken = await one.open(**opening())
+        await client.link.client.hset(
+            client.keys.user("alice").run(taken.run_id), "fence", "another"
+        )
+        with pytest.raises(StaleFence):
+            await taken.complete()
+        await one.open(**opening())
+    assert counted(one, "runs_active") == 0
+    ended = {
+        status: counted(one, "runs_ended_total", status=status)
+        for status in ("completed", "error", "cancelled", "refused", "unfinished")
+    }
+    # What the close ended is the second error.
+    assert ended == {
+        "completed": 1,
+        "error": 2,
+        "cancelled": 1,
+        "refused": 1,
+        "unfinished": None,
+    }
+    assert counted(one, "run_seconds_count") == 4
+    assert counted(other, "runs_ended_total", status="completed") is None
 
 
 async def test_event_type_of_the_start_is_there_before_the_block(
