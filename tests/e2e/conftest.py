@@ -1,4 +1,4 @@
-"""What the tests of whole stacks share: the processes' logs beside a failure."""
+"""What the tests of whole stacks share: browsers, and the processes' logs beside a failure."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from collections.abc import Generator
 import pytest
 
 from tests.support.stack import Stack
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("chromium", marks=[pytest.mark.needs_browser, pytest.mark.faults_both]),
+        pytest.param("firefox", marks=[pytest.mark.needs_firefox, pytest.mark.faults_full]),
+    ]
+)
+def browser_name(request: pytest.FixtureRequest) -> str:
+    """Each browser in ``make faults``; the quick one in ``make test``."""
+    name: str = request.param
+    return name
 
 
 @pytest.hookimpl(wrapper=True)

@@ -32,18 +32,6 @@ STORY = [
 ]
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("chromium", marks=[pytest.mark.needs_browser, pytest.mark.faults_both]),
-        pytest.param("firefox", marks=[pytest.mark.needs_firefox, pytest.mark.faults_full]),
-    ]
-)
-def browser_name(request: pytest.FixtureRequest) -> str:
-    """Each browser in ``make faults``; the quick one in ``make test``."""
-    name: str = request.param
-    return name
-
-
 class OpenTab(Protocol):
     """Opens the page for a user, on the gateway of a number."""
 

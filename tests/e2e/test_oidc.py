@@ -117,13 +117,12 @@ def signed_by(key: dict[str, Any], issuer: str, **claims: Any) -> str:
     return jwt.encode(fields, private, "RS256", headers={"kid": key["kid"], "typ": "at+jwt"})
 
 
-@pytest.mark.needs_browser
 async def test_user_signs_in_in_a_browser_and_gets_an_answer(
-    redis_url: str, key_prefix: str, tmp_path: Path, page_server: PageServer
+    redis_url: str, key_prefix: str, tmp_path: Path, page_server: PageServer, browser_name: str
 ) -> None:
     async with (
         stack_with_provider(tmp_path, redis_url, key_prefix, page_server.url) as (stack, provider),
-        running_browser() as browser,
+        running_browser(browser_name) as browser,
     ):
         page_server.settings.update(
             issuer=provider.issuer,
