@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import gzip
 import json
 import random
 import socket as sockets
@@ -15,6 +16,8 @@ import pytest
 
 from gateway import direct
 from gateway.app import Gateway, running_gateway
+from gateway.clock import steady_ms
+from gateway.protocol import PING_INTERVAL_MS
 from gateway.server import Listener, bind, server_config
 from gateway.session import PINGS_AT_ONCE
 from gateway.wire import Opcode
@@ -24,6 +27,8 @@ from tests.integration.gateway_support import (
     bearer,
     eventually,
     gateway_settings,
+    http,
+    raw_tab,
     tab,
 )
 from tests.unit.gateway.test_wire import sent
@@ -156,6 +161,33 @@ async def test_close_is_answered_with_its_code_and_ends_the_stream(gateway: Gate
         opened.send(Opcode.CLOSE, struct.pack("!H", 3001) + b"enough")
         assert await opened.closed() == 3001
     assert gateway.metrics.closed == {"3001": 1}
+
+
+async def test_compression_is_not_agreed_to_so_that_no_frame_can_grow(gateway: Gateway) -> None:
+    # What browsers offer; and frames compressed all the same are a violation (reserved bit), above.
+    offer = {"Sec-WebSocket-Extensions": "permessage-deflate; client_max_window_bits"}
+    async with raw_tab(gateway, headers={**bearer(), **offer}) as opened:
+        assert opened.socket.response is not None
+        assert "Sec-WebSocket-Extensions" not in opened.socket.response.headers
+        assert (await opened.receive())["type"] == "connection_established"
+    # Nor does a body of a request grow: it is taken as it came, which is no JSON.
+    bomb = gzip.compress(b" " * 10_000_000)
+    async with http(gateway) as client:
+        answer = await client.post("/v1/runs", content=bomb, headers={"Content-Encoding": "gzip"})
+    assert answer.status_code == 400
+    assert answer.json()["code"] == "invalid_json"
+
+
+async def test_pings_of_connections_that_came_together_are_spread(gateway: Gateway) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        for number in range(12):
+            await stack.enter_async_context(tab(gateway, f"user-{number}"))
+        now_ms = steady_ms()
+        waits_ms = [connection._ping_due_ms - now_ms for connection in gateway._wheel._slot_of]
+    assert len(waits_ms) == 12
+    assert all(0 < wait_ms <= PING_INTERVAL_MS for wait_ms in waits_ms)
+    # Half an interval is what they are spread over; all within a tenth of it is no chance.
+    assert max(waits_ms) - min(waits_ms) > PING_INTERVAL_MS / 20
 
 
 async def test_requests_are_answered_in_their_order_however_they_arrive(
