@@ -14,6 +14,7 @@ from agent_worker import AgentError, Run, Worker
 STEP_S = 0.02
 BEGUN = "begun "
 FINISHED = "finished"
+STALL_AFTER_MS = 300
 
 worker = Worker("faults")
 
@@ -54,7 +55,7 @@ async def echo(run: Run) -> str:
     return run.request.content
 
 
-@worker.agent("block", stall_after_s=0.5)
+@worker.agent("block", stall_after_s=STALL_AFTER_MS / 1_000)
 async def block(run: Run) -> str:
     """Hold the event loop up, as no agent should."""
     await run.delta(BEGUN)
