@@ -116,9 +116,13 @@ class Reaper:
                     if started_s >= sweep_at_s:
                         sweep_at_s = started_s + SWEEP_S
                         await sweep_orphans(self._link, self._keys, self._lease_ms)
-            except (RedisUnavailable, RedisMisconfigured) as error:
+            except RedisUnavailable as error:
                 self._contact_since_s = None
                 log.debug("reaper waits for Redis", error=str(error))
+            except RedisMisconfigured as error:
+                # This does not pass by itself, and meanwhile nobody looks after lost runs here.
+                self._contact_since_s = None
+                log.error("reaper refused by Redis", error=str(error))
             except (ScriptFailed, DecodingFailed) as error:
                 log.error("reaper failed", error=str(error))
 

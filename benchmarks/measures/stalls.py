@@ -21,16 +21,19 @@ NAME = "stalls"
 CLIENTS = 2_000
 RESULTS_EACH = 3
 PROBE_MS = 5.0
+PROBERS = 12
+"""Connections that ping in turn: a gateway takes 20 pings a second from one."""
+
 LIMIT_MS = 50.0
 READER, PROBER = 0, 1
 
 _METHOD = """\
 One gateway process. {clients} clients return to it with their positions, 64 at a time, while one
-user's runs end with results of 10 MiB, {results} one after the other. A prober on a connection of
-its own sends a WebSocket ping every {probe_ms:g} ms and takes the time of the answer, from when the
-ping was due: whatever holds the event loop up is in it, and so is the way through the kernel. The
-gateway's own view is its metric `relay_loop_lag_max_seconds`, by which a timer of 100 ms was late.
-{rounds} rounds; before each the clients of the last one are cut off."""
+user's runs end with results of 10 MiB, {results} one after the other. A prober with connections of
+its own sends a WebSocket ping every {probe_ms:g} ms, on one after the other, and takes the time of
+the answer, from when the ping was due: whatever holds the event loop up is in it, and so is the way
+through the kernel. The gateway's own view is its metric `relay_loop_lag_max_seconds`, by which a
+timer of 100 ms was late. {rounds} rounds; before each the clients of the last one are cut off."""
 
 
 def measure(plan: Plan) -> Section:
@@ -44,7 +47,7 @@ def measure(plan: Plan) -> Section:
         server = stage.redis()
         open_channels(server, clients + 2)
         gateway = stage.gateway(server)
-        prober = stage.load([relay_target(PROBER, gateway.port)])
+        prober = stage.load([relay_target(PROBER, gateway.port)] * PROBERS)
         prober.connect(is_relay=True)
         reader = stage.load([relay_target(READER, gateway.port)])
         reader.connect(is_relay=True)

@@ -267,7 +267,8 @@ static void handle_connection(Connection *c) {
   getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &size);
   if (error) fail("connect to port %d: %s", c->port, strerror(error));
   size_t length = strlen(c->request);
-  if (send(c->fd, c->request, length, MSG_NOSIGNAL) != (ssize_t)length) fail("a short write");
+  if (send(c->fd, c->request, length, MSG_NOSIGNAL) != (ssize_t)length)
+    fail("a handshake was not written: %s", strerror(errno));
   c->state = UPGRADING;
   struct epoll_event event = {.events = EPOLLIN, .data.ptr = c};
   epoll_ctl(epoll_fd, EPOLL_CTL_MOD, c->fd, &event);
@@ -626,7 +627,8 @@ static void trickle(double rate) {
 static void send_ping(Connection *c, uint64_t due_ns) {
   uint8_t frame[2 + 4 + sizeof due_ns] = {0x89, 0x80 | sizeof due_ns};
   memcpy(frame + 6, &due_ns, sizeof due_ns); /* the masking key is zero */
-  if (send(c->fd, frame, sizeof frame, MSG_NOSIGNAL) != sizeof frame) fail("a short write");
+  if (send(c->fd, frame, sizeof frame, MSG_NOSIGNAL) != sizeof frame)
+    fail("a ping was not written: %s", strerror(errno));
   published++, expected++;
 }
 
@@ -634,8 +636,9 @@ static void probe(double interval_ms) {
   begin_until_told();
   double due_ns = first_ns;
   while (!is_told) {
+    /* In turn, because a gateway closes a connection that pings too often. */
     for (uint64_t at_ns = now_ns(); due_ns <= at_ns; due_ns += interval_ms * 1e6)
-      send_ping(&connections[0], (uint64_t)due_ns);
+      send_ping(&connections[published % connection_count], (uint64_t)due_ns);
     turn_until(due_ns);
   }
   finish_told();

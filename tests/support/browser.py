@@ -31,7 +31,7 @@ NO_BROWSER = (
 FIREFOX_NAMES = ("firefox-esr", "firefox")
 NO_FIREFOX = "There is no Firefox on PATH. Install it, for example: apt-get install firefox-esr."
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
-DEADLINE_MS = 20_000
+DEADLINE_MS = 45_000
 
 # What browsers themselves log when a gateway is away; the page cannot prevent it.
 _NETWORK_COMPLAINT = re.compile(
