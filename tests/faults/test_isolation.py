@@ -24,7 +24,6 @@ import httpx
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import (
     ConnectionClosed,
-    InvalidHandshake,
     InvalidStatus,
     WebSocketException,
 )
@@ -251,10 +250,13 @@ class User:
         )
         try:
             socket = await self._connect(token, self._since())
-        except (OSError, InvalidHandshake, TimeoutError):
-            self._seen.counts["intruders refused"] += 1
+        except InvalidStatus as error:
+            # 429 is for an address that has tried too often.
+            is_told = error.response.status_code in (401, 429)
+            self._seen.counts["intruders refused" if is_told else "intruders turned away"] += 1
             return
-        except WebSocketException:
+        except (OSError, WebSocketException, TimeoutError):
+            self._seen.counts["intruders found a dead gateway"] += 1
             return
         self._seen.breaches.append(f"{self.id} got in without a token of {other}")
         await socket.close()

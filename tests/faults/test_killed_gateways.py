@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
+from websockets.exceptions import InvalidStatus
 
 from tests.conftest import OwnRedis
 from tests.faults.accounts import arrive, verify
@@ -13,7 +17,9 @@ from tests.faults.conftest import Report
 from tests.faults.load import keep_publishing
 from tests.faults.scene import under_load
 from tests.faults.sizes import one_size, sized
+from tests.integration.gateway_support import raw_tab
 from tests.support.fleet import EventStreamClient, percentile
+from tests.support.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -103,3 +109,39 @@ async def test_a_paused_gateway_is_given_up_by_its_clients(
         verify(load.runs, fleet.clients)
         assert len(client.outages) == 1
         report(back_after_ms=silent_s * 1_000)
+
+
+PLACES_DEADLINE_S = 10.0
+"""Three seconds of its sign of life, and what a busy machine adds."""
+
+
+@pytest.mark.faults_full
+async def test_places_of_a_killed_gateway_are_free_within_seconds(
+    own_redis: OwnRedis, tmp_path: Path, report: Report
+) -> None:
+    server = await own_redis()
+    limit = {"MAX_CONNECTIONS_PER_USER": 2}
+    async with Stack(tmp_path, server.url, settings=limit) as stack:
+        dead, alive = await stack.start_gateways(2)
+        bearer = {"Authorization": f"Bearer {stack.token('alice')}"}
+        async with contextlib.AsyncExitStack() as tabs:
+            for _ in range(2):
+                opened = await tabs.enter_async_context(raw_tab(dead.url, headers=bearer))
+                await opened.until("connection_established")
+            await dead.kill()
+            killed_s = time.monotonic()
+            # Another device, which takes over nobody's place.
+            answers: list[int] = []
+            while True:
+                try:
+                    async with raw_tab(alive.url, headers=bearer) as back:
+                        await back.until("connection_established")
+                        break
+                except InvalidStatus as error:
+                    answers.append(error.response.status_code)
+                assert time.monotonic() - killed_s < PLACES_DEADLINE_S
+                await asyncio.sleep(0.05)
+            free_after_s = time.monotonic() - killed_s
+        report(refused=len(answers), free_after_ms=free_after_s * 1_000)
+        assert set(answers) == {429}
+        stack.assert_no_defects()
