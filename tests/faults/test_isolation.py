@@ -112,6 +112,7 @@ class User:
         self._random = random.Random(number)
         self._numbers = itertools.count()
         self._own_runs: list[str] = []
+        self._trespasses: set[str] = set()
 
     async def live(self, end_s: float) -> None:
         """Come and go until the end; every visit is one connection."""
@@ -206,6 +207,8 @@ class User:
                     self._seen.breaches.append(f"{self.id} saw a run of {owner}: {text[:300]}")
                 epoch = self._seen.positions[self.id].partition(":")[0]
                 self._seen.positions[self.id] = f"{epoch}:{frame['offset']}"
+            elif frame["type"] == "ack" and frame["id"] in self._trespasses:
+                self._seen.breaches.append(f"{self.id} stopped a run of another: {text[:300]}")
             elif frame["type"] == "ack" and frame.get("run_id"):
                 self._own_runs.append(frame["run_id"])
             elif frame["type"] == "error":
@@ -231,6 +234,8 @@ class User:
             else:
                 message = {"type": "ping"}
             message["id"] = f"m{next(self._numbers)}"
+            if message["type"] == "cancel" and message["run_id"] not in self._own_runs:
+                self._trespasses.add(message["id"])
             await socket.send(json.dumps(message))
             await asyncio.sleep(self._random.uniform(0.3, 1.7) * self._act_every_s)
 
