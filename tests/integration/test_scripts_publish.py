@@ -19,6 +19,8 @@ from relay.scripts import LogLimits
 from relay.staging import pieces_of
 from tests.integration.script_support import Channel, offsets, texts, types
 
+DAY_MS = 86_400_000
+
 pytestmark = pytest.mark.every_redis
 
 
@@ -251,18 +253,23 @@ async def test_the_log_is_trimmed_by_age(redis_url: str, key_prefix: str) -> Non
         assert (page.floor, types(page)) == (3, ["agent_queued"])
 
 
-async def test_a_terminal_events_body_survives_trimming_as_the_runs_result(
-    redis_url: str, key_prefix: str
+@pytest.mark.parametrize("size", [10, 70_000], ids=["in-the-run", "beside-the-log"])
+async def test_a_result_is_kept_for_a_day_although_its_event_is_trimmed(
+    redis_url: str, key_prefix: str, size: int
 ) -> None:
     async with Channel(redis_url, key_prefix, limits=LogLimits(max_events=4)) as channel:
         run = await channel.started()
-        await run.publish(run.event(EventType.AGENT_COMPLETED, size=70_000, result="r"))
+        await run.publish(run.event(EventType.AGENT_COMPLETED, size=size, result="r"))
         for _ in range(6):
             await (await channel.started()).end()
         assert (await channel.read()).floor >= 3
         detail = await channel.registry.get(channel.user_id, run.run_id)
         assert detail is not None
         assert detail.as_json()["result"] == "r"
+        body = channel.keys.body(3)
+        assert await channel.client.exists(body) == (size > BODY_THRESHOLD_BYTES)
+        for key in (channel.keys.run(run.run_id), *([body] if size > BODY_THRESHOLD_BYTES else [])):
+            assert DAY_MS - 5_000 < await channel.client.pttl(key) <= DAY_MS + 3_600_000
 
 
 async def test_the_channel_expires_before_its_log(channel: Channel) -> None:
