@@ -77,6 +77,9 @@ async def test_gateways_killed_in_turn_cost_no_event(
             p99_ms=percentile(durations, 0.99),
             max_ms=max(durations),
         )
+        assert steps >= 0.9 * size.published_per_s * size.seconds, "the load was not kept up"
+        # A gateway that is slow to come back delays the next kill.
+        assert kills >= 0.7 * size.seconds / size.kill_every_s
         assert percentile(durations, 0.99) < size.p99_limit_ms
         stack.assert_no_defects()
 

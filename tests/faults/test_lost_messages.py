@@ -127,6 +127,11 @@ async def test_swallowed_messages_are_repaired_by_the_next_or_the_position_check
                 await asyncio.sleep(0.1)
                 for proxy in proxies:
                     proxy.swallow_messages(0.0)
+                last_ones = [
+                    len(proxy.swallowed) - len(before)
+                    for proxy, before in zip(proxies, swallowed, strict=True)
+                ]
+                assert min(last_ones) >= len(runs), "not every last one was swallowed"
                 waits = await asyncio.gather(
                     *(
                         client.until(

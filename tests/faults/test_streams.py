@@ -124,7 +124,7 @@ async def test_two_runs_side_by_side_do_not_disturb_each_other(
         assert_past_is_joined(joined, runs)
 
 
-@sized(small=Size(deltas=300, joins=6), full=Size(deltas=5_000, joins=50))
+@sized(small=Size(deltas=300, joins=6), full=Size(deltas=20_000, joins=50))
 async def test_a_retried_attempt_replaces_the_text_of_the_first(
     size: Size, own_redis: OwnRedis, tmp_path: Path
 ) -> None:

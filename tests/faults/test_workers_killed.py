@@ -35,21 +35,21 @@ from tests.faults.worker_agents import talked
 from tests.support.fleet import percentile
 from tests.support.stack import Stack
 
-MARGIN_S = 2.5
-"""Beyond a lease and a second: the machine of the tests runs seven processes besides."""
-
-
 TALK_STEPS = 60
 
 
 @dataclass(frozen=True)
-class Size:
+class Kills:
+    """How often, and how much longer than a lease and a second it may take until all are told."""
+
     rounds: int
+    margin_s: float
 
 
-@sized(small=Size(rounds=1), full=Size(rounds=50))
+# In a small round seven processes share the machine with whatever else is tested.
+@sized(small=Kills(rounds=1, margin_s=2.5), full=Kills(rounds=50, margin_s=0))
 async def test_killed_workers_runs_end_or_are_retried_on_every_tab(
-    size: Size, own_redis: OwnRedis, tmp_path: Path, report: Report
+    size: Kills, own_redis: OwnRedis, tmp_path: Path, report: Report
 ) -> None:
     server = await own_redis()
     lost_after_s: list[float] = []
@@ -101,7 +101,6 @@ async def test_killed_workers_runs_end_or_are_retried_on_every_tab(
                     lost_after_s += seconds_until(tab, lost, told, killed_s)
                 lost_runs += len(lost)
         stack.assert_no_defects()
-    assert max(lost_after_s) < LEASE_MS / 1_000 + 1 + MARGIN_S
     report(
         kills=size.rounds,
         lost_runs=lost_runs,
@@ -109,11 +108,17 @@ async def test_killed_workers_runs_end_or_are_retried_on_every_tab(
         told_after_p99_s=percentile(lost_after_s, 0.99),
         told_after_max_s=max(lost_after_s),
     )
+    assert max(lost_after_s) < LEASE_MS / 1_000 + 1 + size.margin_s
 
 
 def told_off(process: ManagedProcess) -> int:
     """Count the runs that a worker says to have lost to another one."""
     return process.log.count('"run_refused"') + process.log.count('"run_ended_elsewhere"')
+
+
+@dataclass(frozen=True)
+class Size:
+    rounds: int
 
 
 @sized(small=Size(rounds=1), full=Size(rounds=50))

@@ -39,9 +39,6 @@ from tests.support.stack import Stack
 
 SETTLED_S = 2.1
 
-MARGIN_S = 2.0
-"""For processes that share a machine with all others; what was measured is reported."""
-
 
 async def outcome_of(request: Awaitable[object]) -> str:
     """Give ``ok`` or the code of the refusal."""
@@ -186,10 +183,14 @@ async def test_requests_of_one_thread_are_carried_out_in_the_order_accepted(
 
 @dataclass(frozen=True)
 class Cancels:
+    """How often, and how much longer than promised an end may take."""
+
     rounds: int
+    margin_s: float
 
 
-@sized(small=Cancels(1), full=Cancels(10))
+# In a small round the processes share the machine with whatever else is tested.
+@sized(small=Cancels(1, margin_s=2.0), full=Cancels(10, margin_s=0))
 async def test_cancelling_in_each_state_from_another_gateway(
     size: Cancels, own_redis: OwnRedis, tmp_path: Path, report: Report
 ) -> None:
@@ -248,9 +249,6 @@ async def test_cancelling_in_each_state_from_another_gateway(
 
                 run_ids = [queued, running, waiting, retrying, in_tool, stubborn, orphan]
                 assert_cancelled(await verify(client, tabs, run_ids), queued, waiting)
-    assert max(at_once_s) < 1 + MARGIN_S
-    assert max(stubborn_s) < GRACE_MS / 1_000 + 1 + MARGIN_S
-    assert max(orphaned_s) < GRACE_MS / 1_000 + 1 + MARGIN_S
     report(
         rounds=size.rounds,
         at_once_p50_ms=percentile(at_once_s, 0.5) * 1_000,
@@ -258,6 +256,9 @@ async def test_cancelling_in_each_state_from_another_gateway(
         ignoring_max_ms=max(stubborn_s) * 1_000,
         worker_dead_max_ms=max(orphaned_s) * 1_000,
     )
+    assert max(at_once_s) < 1 + size.margin_s
+    assert max(stubborn_s) < GRACE_MS / 1_000 + 1 + size.margin_s
+    assert max(orphaned_s) < GRACE_MS / 1_000 + 1 + size.margin_s
 
 
 def assert_cancelled(runs: Runs, queued: str, waiting: str) -> None:
