@@ -182,7 +182,8 @@ class FeedHub:
         """Let go of the feeds that nobody came back to."""
         while self._lingering and self._lingering[0][0] <= now_s:
             due_s, feed = self._lingering.popleft()
-            if feed.linger_until_s == due_s:
+            # Who came and went again within one reading of the clock has put it here twice.
+            if feed.linger_until_s == due_s and self._feeds.get(feed.channel) is feed:
                 del self._feeds[feed.channel]
                 self.subscriber.unsubscribe(feed.channel)
 

@@ -116,7 +116,8 @@ class PlaceKeeper:
                 that broke can be carried out after what is sent on the next one.
         """
         self._held.pop(place, None)
-        self._owed[place] = 2 if is_uncertain else 1
+        # The same holds for entering it again, while it is not known whether that succeeded.
+        self._owed[place] = 2 if is_uncertain or self._is_all_owed else 1
         self._wake.set()
 
     def hold_all(self) -> None:
@@ -167,6 +168,7 @@ class PlaceKeeper:
                 await self._book.hold(places)
             except BaseException:
                 self._is_all_owed = True
+                self._owed.update(dict.fromkeys(self._owed.keys() & places, 2))
                 raise
             for place in places:
                 if self._held.pop(place, None) is not None:

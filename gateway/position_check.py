@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import structlog
 
@@ -79,15 +80,12 @@ class PositionCheck:
             self._outage.end()
         missing: list[tuple[UserFeed, int]] = []
         for feed, head, answer in zip(feeds, heads, stored, strict=True):
-            # A key of another type is one user's trouble; reading reports it.
-            epoch, offset = (None, None) if isinstance(answer, Exception) else answer
-            if epoch is None or offset is None or epoch.decode() != feed.epoch:
+            epoch, offset = _position_from(answer)
+            # Less than the head is less than it had when Redis was asked.
+            if epoch != feed.epoch or offset < head:
                 self._repair(feed)
-            elif int(offset) < head:
-                # Less than it had when Redis was asked.
-                self._repair(feed)
-            elif int(offset) > feed.head:
-                missing.append((feed, int(offset)))
+            elif offset > feed.head:
+                missing.append((feed, offset))
         # A message may be on its way, or wait for us: only what is still missing behind everything
         # that Redis sent before counts as lost.
         if missing and await self._subscriber.barrier():
@@ -100,3 +98,13 @@ class PositionCheck:
     def _repair(self, feed: UserFeed) -> None:
         feed.sync()
         self._perform(feed)
+
+
+def _position_from(answer: Any) -> tuple[str | None, int]:
+    """Understand a channel's stored position; without an epoch where there is none."""
+    try:
+        epoch, offset = answer
+        return epoch.decode(), int(offset)
+    except (TypeError, ValueError, AttributeError):
+        # Gone, or something else stands there: one user's trouble, which reading reports.
+        return None, 0

@@ -10,6 +10,7 @@ import structlog
 
 from relay.errors import RedisMisconfigured, RedisUnavailable
 from relay.revocations import CLOCK_MARGIN_MS, Revocation, RevocationLog, RevokedTokens
+from relay.scripts import ScriptFailed
 from relay.tokens import Identity
 
 LOOK_EVERY_S = 0.5
@@ -72,7 +73,8 @@ class RevocationWatch:
             self._wake.clear()
             try:
                 await self.look()
-            except (RedisUnavailable, RedisMisconfigured) as error:
+            except (RedisUnavailable, RedisMisconfigured, ScriptFailed) as error:
+                # What is known stays in force; how old it is makes readiness red.
                 log.debug("revocations not read", error=str(error))
                 # The server behind the address may be another one next time.
                 self._full_read_s = float("-inf")
@@ -108,9 +110,10 @@ class RevocationWatch:
             and not ((kept := found.get(held)) and kept.covers(held))
         ]
         for held in lost:
-            log.warning("revocation was missing in Redis; put back", kind=held.kind)
             found.add(held)
-            await self._log.add(held)
+        if lost:
+            log.warning("revocations were missing in Redis; put back", count=len(lost))
+            await self._log.add(*lost)
         self._revoked = found
         await self._prune(now_ms)
 

@@ -12,13 +12,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import structlog
+
 from relay.errors import RelayError
 from relay.keys import Keys
-from relay.scripts import RedisLink, ScriptCall, mapped_errors
+from relay.scripts import RedisLink, ScriptCall, ScriptFailed, mapped_errors
 
 CALLS_PER_PIPELINE = 256
 PIPELINES = 4
 """More that come meanwhile share the next ones: a reconnect storm costs few round trips."""
+
+log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,7 @@ class PlaceBook:
         for place in places:
             pair = (place.connection_id, place.client_id or "")
             by_user.setdefault(place.user_id, []).extend(pair)
-        await self._link.run(
+        await self._write(
             [
                 self._call("place_hold", user_id, self.node_id, *pairs)
                 for user_id, pairs in by_user.items()
@@ -158,9 +162,15 @@ class PlaceBook:
         by_user: dict[str, list[str]] = {}
         for place in places:
             by_user.setdefault(place.user_id, []).append(place.connection_id)
-        await self._link.run(
+        await self._write(
             [self._call("place_free", user_id, *ids) for user_id, ids in by_user.items()]
         )
+
+    async def _write(self, calls: Sequence[ScriptCall]) -> None:
+        for call, reply in zip(calls, await self._link.run_each(calls), strict=True):
+            if isinstance(reply, ScriptFailed):
+                # No place can stand where something else does: that is this one user's trouble.
+                log.error("places of a user not written", key=call.keys[0], error=str(reply))
 
     def _call(self, name: str, user_id: str, *args: str | int) -> ScriptCall:
         keys = (self._keys.user(user_id).connections,)

@@ -129,16 +129,20 @@ class RevocationLog:
         self._link = link
         self._key = keys.revocations
 
-    async def add(self, revocation: Revocation) -> None:
+    async def add(self, *revocations: Revocation) -> None:
         """Revoke; every gateway that is in contact with Redis knows within a second.
 
         Raises:
             RedisUnavailable: It may not have been kept; revoke again.
         """
         with mapped_errors(self._link.url):
-            await self._link.client.xadd(self._key, _encode(revocation))
-            # Only after it can be read. A gateway that misses this looks by itself soon.
-            await self._link.client.publish(self.channel, b"")
+            for first in range(0, len(revocations), _PAGE):
+                async with self._link.client.pipeline(transaction=False) as pipe:
+                    for revocation in revocations[first : first + _PAGE]:
+                        pipe.xadd(self._key, _encode(revocation))
+                    # Only after they can be read. A gateway that misses this looks by itself soon.
+                    pipe.publish(self.channel, b"")
+                    await pipe.execute()
 
     async def read(self, after: str) -> tuple[dict[str, Revocation | None], int]:
         """Read what came after an entry, and how many entries there are.

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 import redis.asyncio
 
-from gateway import outage
+from gateway import feed, outage, position_check
 from gateway.feed import Attachment, FeedHub
 from relay.codec import Position
 from relay.events import EventType
@@ -274,6 +274,45 @@ async def test_one_users_broken_key_holds_up_nobody_else(
     assert not hub.is_degraded
     await redis.delete(broken)
     await stuck.until_type("connection_established")
+
+
+async def test_one_users_broken_position_ends_no_other_users_check(
+    hub: FeedHub,
+    channel: Channel,
+    redis: redis.asyncio.Redis,
+    key_prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(position_check, "ROUND_S", 0.2)
+    keys = Keys(key_prefix).user("mallory")
+    mallory = await connect(hub, user_id="mallory")
+    await redis.hset(keys.channel, "offset", "not a number")
+    broken = hub._feeds[keys.live.encode()]
+    await mallory.until(lambda _: broken.state is not FeedState.LIVE)
+    tab = await connect(hub)
+    run = await channel.started()
+    await run.end()
+    await tab.until_type("agent_completed")
+    await channel.client.delete(channel.keys.channel)
+    await tab.until_type("reset")
+
+
+async def test_a_feed_that_was_left_twice_in_one_moment_is_forgotten_once(
+    hub: FeedHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "LINGER_S", 0.05)
+    loop = asyncio.get_running_loop()
+    with monkeypatch.context() as moment:
+        # uvloop's clock stands still within a turn of the loop.
+        now_s = loop.time()
+        moment.setattr(loop, "time", lambda: now_s)
+        for _ in range(2):
+            hub.attach("alice", "active", Tab()).close()
+    for user_id in ("bob", "carol"):
+        tab = await connect(hub, user_id=user_id)
+        assert tab.attachment is not None
+        tab.attachment.close()
+        await tab.until(lambda _: hub.feed_count == 0)
 
 
 async def test_a_lost_channel_is_noticed_without_any_event(hub: FeedHub, channel: Channel) -> None:

@@ -226,6 +226,60 @@ async def test_place_whose_answer_was_lost_is_given_back(
         await link.aclose()
 
 
+async def test_place_that_may_have_been_entered_again_is_given_back_for_certain(
+    redis_url: str, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    port = int(redis_url.rpartition(":")[2].split("/")[0])
+    with RedisProxy(port) as proxy:
+        link = RedisLink(proxy.redis_url, timeout_s=0.3)
+        book = PlaceBook(link, Keys(key_prefix), "gw-1", 2)
+        keeper = PlaceKeeper(book, 2)
+        leaves_later, leaves_now = Place("con_1", "alice"), Place("con_2", "alice")
+        for place in (leaves_later, leaves_now):
+            await keeper.take(place)
+        keeper.hold_all()
+        proxy.lose_next_reply()
+        holding = asyncio.create_task(keeper.step())
+        await eventually(lambda: is_lost(proxy))
+        keeper.give_back(leaves_now)
+        with pytest.raises(RedisUnavailable):
+            await holding
+        keeper.give_back(leaves_later)
+        await keeper.step()
+        # What was sent before may still arrive after what was sent later.
+        await book.hold([leaves_later, leaves_now])
+        await keeper.step()
+        assert await redis.hlen(connections(key_prefix)) == 0
+        assert keeper.owed_count == 0
+        await keeper.aclose()
+        await link.aclose()
+
+
+async def is_lost(proxy: RedisProxy) -> bool:
+    return proxy.replies_to_lose == 0
+
+
+async def test_what_stands_in_one_users_way_keeps_no_other_from_a_place(
+    gateways: Sequence[Gateway],
+    redis: redis.asyncio.Redis,
+    key_prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(place_keeper, "HOLD_EVERY_S", 0.0)
+    monkeypatch.setattr(place_keeper, "LOOK_EVERY_S", 0.02)
+    gateway, _ = gateways
+    key = connections(key_prefix)
+    async with tab(gateway) as opened, tab(gateway, "bob"):
+        await redis.set(key, "not a hash")
+        assert (await refusal(gateway, headers=bearer()))[0].status_code == 500
+        await eventually(lambda: settled(gateway))
+        await redis.delete(connections(key_prefix, "bob"))
+        await eventually(lambda: redis.exists(connections(key_prefix, "bob")))
+        await redis.delete(key)
+        await eventually(lambda: redis.exists(key))
+        assert await opened.is_alive()
+
+
 @pytest.mark.every_redis
 async def test_many_places_taken_at_once_are_exact(link: RedisLink, key_prefix: str) -> None:
     books = [PlaceBook(link, Keys(key_prefix), f"gw-{number}", 7) for number in range(3)]

@@ -18,6 +18,7 @@ import redis.asyncio
 from gateway import revocation_watch
 from gateway.app import Gateway, running_gateway
 from relay.keys import Keys
+from relay.revocations import revocation_of
 from tests.conftest import OwnRedis
 from tests.integration.gateway_support import (
     SECRET,
@@ -227,6 +228,51 @@ async def test_revocation_that_redis_lost_is_put_back(
     [(_, fields), *_] = await redis.xrange(key)
     assert fields[b"subject"] == b"x"
     assert (await refusal(one, headers=shown(with_jti("x"))))[0].status_code == 401
+
+
+async def test_many_lost_revocations_are_put_back_together(
+    gateways: Sequence[Gateway], redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    one, two = gateways
+    key = Keys(key_prefix).revocations
+    now_ms = int(time.time() * 1000)
+    await one._revocation_log.add(*(revocation_of("token", f"x{n}", now_ms) for n in range(40)))
+    await eventually(lambda: known(one, 40), WITHIN_S)
+    await eventually(lambda: known(two, 40), WITHIN_S)
+    async with redis.pubsub() as signals:
+        await signals.subscribe(key)
+        assert await signals.get_message(timeout=5.0)
+        await redis.delete(key)
+        await eventually(lambda: has_length(redis, key, 40), WITHIN_S)
+        heard = 0
+        while await signals.get_message(timeout=0.2):
+            heard += 1
+    # One by one, a long list would keep its gateway from reading, and readiness would end.
+    assert 0 < heard < 10
+    assert len(one._revocations) == len(two._revocations) == 40
+
+
+async def has_length(redis: redis.asyncio.Redis, key: str, length: int) -> bool:
+    return bool(await redis.xlen(key) >= length)
+
+
+async def test_what_stands_in_place_of_revocations_is_no_end_of_the_gateway(
+    gateways: Sequence[Gateway], redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    one, _ = gateways
+    key = Keys(key_prefix).revocations
+    await revoke(one, "tokens/x")
+    await eventually(lambda: known(one, 1), WITHIN_S)
+    await redis.set(key, "not a stream")
+    await eventually(lambda: is_failing(one), WITHIN_S)
+    assert (await refusal(one, headers=shown(with_jti("x"))))[0].status_code == 401
+    await redis.delete(key)
+    await eventually(lambda: redis.exists(key), WITHIN_S)
+
+
+async def is_failing(gateway: Gateway) -> bool:
+    # Longer than between two looks.
+    return gateway._revocations.age_s > 2 * revocation_watch.LOOK_EVERY_S
 
 
 async def test_what_has_expired_or_is_covered_is_forgotten(
