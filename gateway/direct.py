@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Protocol, cast
 
+import structlog
+
 from gateway.clock import steady_ms
 from gateway.metrics import GatewayMetrics
 from gateway.outbox import Backlog
@@ -32,6 +34,8 @@ LOST = 1006
 """RFC 6455's code for a connection that ended without a close frame."""
 
 _TOLD = "closed by the client"
+
+log = structlog.stdlib.get_logger(__name__)
 
 
 class Receiver(Protocol):
@@ -88,7 +92,13 @@ class TickWriter:
         touched, self._touched = self._touched, []
         frames = sent_bytes = 0
         for transport in touched:
-            count, size = transport.flush()
+            try:
+                count, size = transport.flush()
+            except Exception:
+                # One broken connection, not all that wait behind it.
+                log.exception("connection not written to")
+                transport.abort()
+                continue
             frames += count
             sent_bytes += size
         self._metrics.sent_frames += frames
@@ -400,6 +410,11 @@ class DirectTransport(asyncio.Protocol):
             self._say_close(code, reason)
         self._receiver.ended(*self._close or (code, reason))
         self._hang_up()
+
+    def abort(self) -> None:
+        """Cut the connection; ``ended`` and ``gone`` follow."""
+        if self._transport is not None:
+            self._transport.abort()
 
     def shutdown(self) -> None:
         """Close because the server ends. Called by the server."""

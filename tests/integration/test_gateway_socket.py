@@ -17,6 +17,7 @@ import pytest
 from gateway import direct
 from gateway.app import Gateway, running_gateway
 from gateway.clock import steady_ms
+from gateway.metrics import GatewayMetrics
 from gateway.protocol import PING_INTERVAL_MS
 from gateway.server import Listener, bind, server_config
 from gateway.session import PINGS_AT_ONCE
@@ -332,3 +333,66 @@ async def test_noise_on_many_sockets_harms_nobody(gateway: Gateway) -> None:
         return not len(gateway.pool) and len(gateway._wheel) == 0
 
     await eventually(is_empty)
+
+
+class Listening:
+    """A connection above a transport that notes what it is told."""
+
+    has_room = True
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.told: list[str] = []
+
+    def receive(self, text: str | None) -> None:
+        self.told.append(f"message {text}")
+
+    def receive_ping(self) -> bool:
+        return True
+
+    def receive_pong(self, payload: bytes) -> bool:
+        return False
+
+    def clogged(self) -> None:
+        self.told.append("clogged")
+
+    def writable(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def ended(self, code: int, reason: str) -> None:
+        self.told.append(f"ended {code}")
+
+    def gone(self) -> None:
+        self.told.append("gone")
+
+
+async def test_connection_that_fails_in_a_tick_takes_none_with_it() -> None:
+    loop = asyncio.get_running_loop()
+    ticks = direct.TickWriter(GatewayMetrics())
+    broken, whole = Listening(RuntimeError("a defect")), Listening()
+    async with contextlib.AsyncExitStack() as stack:
+        opened: list[direct.DirectTransport] = []
+        peers: list[sockets.socket] = []
+        for receiver in (broken, whole):
+            near, far = sockets.socketpair()
+            far.setblocking(False)
+            stack.callback(far.close)
+            peers.append(far)
+            socket, _ = await loop.create_connection(asyncio.Protocol, sock=near)
+            stack.callback(socket.abort)
+            transport = direct.DirectTransport(
+                socket, receiver, ticks, set(), max_bytes=1_000, budget_bytes=1_000
+            )
+            transport.begin(b"", is_clogged=False)
+            opened.append(transport)
+        for transport in opened:
+            transport.send(b"{}", "")
+            assert not transport.is_idle
+        async with asyncio.timeout(5):
+            assert await loop.sock_recv(peers[1], 100) == b"\x81\x02{}"
+            # Its socket is closed: the client comes back, where otherwise it would wait for ever.
+            while await loop.sock_recv(peers[0], 100):
+                pass
+        assert broken.told[-1] == "gone"
+        assert whole.told == []
