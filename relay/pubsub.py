@@ -58,7 +58,7 @@ class PubSubConnection(asyncio.BufferedProtocol):
     def take_over(self, connection: AbstractConnection) -> None:
         """Go on where redis-py has connected and authenticated; no answer may be outstanding."""
         writer = connection._writer  # noqa: SLF001 -- it has no public way to its transport
-        if writer is None:
+        if writer is None or writer.is_closing():
             raise redis_errors.ConnectionError("Connection closed by server.")
         transport = writer.transport
         # Loops choose how to read when reading starts.

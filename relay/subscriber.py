@@ -124,11 +124,11 @@ class Subscriber:
             redis: AbstractConnection = self._link.pool.make_connection()  # type: ignore[no-untyped-call]
             try:
                 await redis.connect()  # type: ignore[no-untyped-call]
+                connection = PubSubConnection(self._on_message, self._confirm)
+                connection.take_over(redis)
             except BaseException:
                 await redis.disconnect(nowait=True)
                 raise
-        connection = PubSubConnection(self._on_message, self._confirm)
-        connection.take_over(redis)
         self._redis, self._connection = redis, connection
         self._unconfirmed = {}
         self._changes = dict.fromkeys(self._wanted, True)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import pytest_asyncio
 import redis.asyncio
+from redis.asyncio.connection import AbstractConnection
 
 from relay.errors import RedisUnavailable
 from relay.scripts import RedisLink
@@ -214,3 +215,32 @@ async def test_a_refused_subscription_is_a_loss_and_is_tried_again(own_redis: Ow
             await heard.until_event("confirmed", "closed")
         finally:
             await heard.aclose()
+
+
+async def test_a_connection_that_is_lost_as_soon_as_it_is_made_is_none(
+    heard: Heard, redis: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[AbstractConnection] = []
+    make = heard.link.pool.make_connection
+
+    def make_and_lose() -> AbstractConnection:
+        connection: AbstractConnection = make()  # type: ignore[no-untyped-call]
+        connect = connection.connect
+
+        async def connect_and_lose() -> None:
+            await connect()  # type: ignore[no-untyped-call]
+            assert connection._writer is not None
+            connection._writer.close()
+
+        monkeypatch.setattr(connection, "connect", connect_and_lose)
+        made.append(connection)
+        return connection
+
+    heard.subscriber.subscribe(b"one")
+    await heard.until_event("confirmed", "one")
+    with monkeypatch.context() as lossy:
+        lossy.setattr(heard.link.pool, "make_connection", make_and_lose)
+        await redis.client_kill_filter(_type="pubsub")
+        await heard.until(lambda: len(made) >= 2)
+    await heard.until_event("confirmed", "one", count=2)
+    assert heard.events.count(("lost",)) == 1
