@@ -12,7 +12,9 @@ import pytest
 import pytest_asyncio
 
 from relay import reaper
+from relay.amending import amend_run, error_event, look_at_run
 from relay.codec import Task
+from relay.columns import lifecycle_columns
 from relay.deadlines import member_of, shard_key
 from relay.events import EventType, format_timestamp
 from relay.grammar import RunGrammar
@@ -166,6 +168,72 @@ async def test_a_renewed_lease_is_left_alone(parts: Parts) -> None:
     [renewed] = await parts.registry.renew(parts.link, [claim], 60_000)
     assert renewed.is_held
     assert isinstance(await parts.reaper.look_at(USER, run_id), LookAgain)
+
+
+async def test_a_lease_that_was_renewed_since_the_look_is_not_taken(parts: Parts) -> None:
+    run_id = await parts.submit()
+    claim = await parts.claim(run_id)
+    await expire_lease(parts, run_id)
+    found = await look_at_run(parts.link, parts.keys, USER, run_id)
+    assert found is not None
+    envelope, run = found
+    await parts.registry.renew(parts.link, [claim], 60_000)
+    lost = [error_event(envelope, run, "worker_lost", "s1")]
+    assert not await amend_run(
+        parts.link, parts.keys, envelope, run, lost, condition="lease", supersede=True
+    )
+    assert [name for name, _ in await parts.events()] == ["agent_queued"]
+
+
+async def test_what_another_reaper_has_done_since_the_look_is_not_done_again(parts: Parts) -> None:
+    run_id = await parts.submit()
+    await parts.claim(run_id)
+    await expire_lease(parts, run_id)
+    looks = [await look_at_run(parts.link, parts.keys, USER, run_id) for _ in range(2)]
+    is_done = []
+    for found in looks:
+        assert found is not None
+        lost = [error_event(*found, "worker_lost", "s1")]
+        is_done.append(
+            await amend_run(parts.link, parts.keys, *found, lost, condition="lease", supersede=True)
+        )
+    assert is_done == [True, False]
+    assert [name for name, _ in await parts.events()] == ["agent_queued", "agent_error"]
+
+
+async def test_progress_since_the_look_is_no_stall(parts: Parts) -> None:
+    run_id = await parts.submit()
+    async with Publisher(parts.link, parts.keys) as publisher:
+        stream = await started(parts, publisher, await parts.claim(run_id, 60_000))
+        await stream.flush()
+        found = await look_at_run(parts.link, parts.keys, USER, run_id)
+        assert found is not None
+        await asyncio.sleep(0.002)
+        await stream.delta("progress")
+        await stream.flush()
+        data = {"idle_ms": 9, "last_event": "agent_started"}
+        event = lifecycle_columns(found[0], EventType.AGENT_STALLED, found[1].now_ms, data)
+        said = await amend_run(
+            parts.link, parts.keys, *found, [event], condition="stall", supersede=False
+        )
+        assert not said
+        await stream.finish(EventType.AGENT_COMPLETED, {"result": "ok", "duration_ms": 1})
+
+
+async def test_a_reaper_that_has_only_just_met_redis_takes_nothing(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an outage every lease may have expired although the workers live."""
+    monkeypatch.setattr(reaper, "POLL_S", 0.01)
+    run_id = await parts.submit()
+    await parts.claim(run_id)
+    await expire_lease(parts, run_id)
+    index = shard_key(parts.keys, USER)
+    await parts.link.client.zadd(index, {member_of(USER, run_id): 1})
+    async with Reaper(parts.link, parts.keys, lease_ms=60_000, cancel_grace_ms=GRACE_MS):
+        await asyncio.sleep(0.3)
+    assert [name for name, _ in await parts.events()] == ["agent_queued"]
+    assert await parts.link.client.zscore(index, member_of(USER, run_id)) == 1
 
 
 async def test_a_superseded_lease_cannot_be_renewed(parts: Parts) -> None:

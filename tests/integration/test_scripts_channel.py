@@ -203,6 +203,15 @@ async def test_a_lost_channel_begins_a_history_without_leftovers(channel: Channe
     assert await channel.client.exists(channel.keys.text(run.run_id, 1, "m1")) == 0
 
 
+async def test_what_a_lost_channel_left_does_not_stand_in_for_new_text(channel: Channel) -> None:
+    """Text is not in the log, and leaves the old event at its offset where it is."""
+    run = await channel.started()
+    await channel.client.delete(channel.keys.channel)
+    await run.publish(run.text("m1", 0, "ab"), run.progress())
+    page = await channel.read()
+    assert (types(page), texts(page)) == (["text_delta"], {1: (0, "ab")})
+
+
 async def test_a_lost_text_leaves_the_rest_readable(channel: Channel) -> None:
     run = await channel.started()
     await run.publish(run.text("m1", 0, "ab"), run.event(), run.text("m2", 0, "cd"))
