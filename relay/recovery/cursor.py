@@ -14,6 +14,7 @@ from relay.recovery.effects import (
     FetchBody,
     PageReader,
     Read,
+    ResetReason,
     Since,
     Sink,
 )
@@ -96,7 +97,7 @@ class Cursor:
         self._feed = feed
         self.sink = sink
         self._since = since
-        self._reset_reason: str | None = None
+        self._reset_reason: ResetReason | None = None
         self.is_established = False
         # The client's position, as it has been told. Until a reset is on its way to the client,
         # this keeps the epoch that the client counts in, which may not be the feed's any more.
@@ -212,7 +213,7 @@ class Cursor:
         else:
             self.advance()
 
-    def _resolve(self, page: Page) -> tuple[int, str | None] | None:
+    def _resolve(self, page: Page) -> tuple[int, ResetReason | None] | None:
         """Give the offset to start from and why it is a reset, None to wait for the feed."""
         # Runs that began after the page was read are not in its list, and not before its offset.
         last = min(self._feed.head, page.offset)
@@ -386,7 +387,7 @@ class Cursor:
             self._epoch = self._feed.epoch or ""
             self.sink.reposition(self.position)
 
-    def _reset(self, reason: str) -> None:
+    def _reset(self, reason: ResetReason) -> None:
         """Start over from the active runs; the client drops what it has."""
         self.generation += 1
         self._is_reading = False

@@ -23,6 +23,10 @@ class FeedState(Enum):
     LIVE = auto()
 
 
+ResetReason = Literal["history_trimmed", "history_rewound", "unknown_epoch", "event_lost"]
+"""Why a client has to start over; ``docs/protocol.md`` says what each means."""
+
+
 class Sink(Protocol):
     """One client connection's outbox, as a cursor sees it. All calls are synchronous."""
 
@@ -43,7 +47,7 @@ class Sink(Protocol):
     def write_part(self, frame: bytes) -> None:
         """Queue a part of a large event."""
 
-    def reset(self, position: Position, reason: str, runs: Sequence[ActiveRun]) -> None:
+    def reset(self, position: Position, reason: ResetReason, runs: Sequence[ActiveRun]) -> None:
         """Tell the client to drop its state of runs; what follows is what is known now."""
 
     def reposition(self, position: Position) -> None:

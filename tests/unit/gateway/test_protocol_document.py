@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel
 
@@ -12,6 +13,7 @@ from gateway.requests import FRAME_MODELS, CancelBody, InputBody, RunBody
 from gateway.server import FRAME_HEADROOM
 from relay.errors import AGENT_ERRORS, WIRE_ERRORS, CloseCode
 from relay.events import DATA_MODELS
+from relay.recovery import ResetReason
 
 TEXT = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text()
 
@@ -53,6 +55,11 @@ def test_agent_errors_are_those_of_the_code() -> None:
         code: ["yes" if g.retryable else "no", g.message] for code, g in AGENT_ERRORS.items()
     }
     assert documented == expected
+
+
+def test_reasons_of_a_reset_are_those_of_the_code() -> None:
+    documented = {reason.strip("`") for reason, _ in rows("Reasons of `reset`:")}
+    assert documented == set(get_args(ResetReason))
 
 
 def test_close_codes_are_those_of_the_code() -> None:
