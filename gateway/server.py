@@ -14,8 +14,10 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from gateway import websocket
+from gateway import direct, websocket
+from gateway.clock import steady_ms
 from gateway.doorkeeper import Lobby
+from gateway.outbox import Backlog
 from gateway.websocket import RelayWebSocketProtocol
 from relay.errors import ConfigurationError
 
@@ -109,13 +111,15 @@ def url_of(listener: socket.socket) -> str:
 
 
 class RelayHttpProtocol(H11Protocol):
-    """uvicorn's HTTP, with a limit for how long a client may take to send a request.
+    """uvicorn's HTTP, with limits for how long a client may take to send and to read.
 
-    Without one, connections that send nothing, or half a request, stay for ever: no token is
-    needed to take all sockets that a gateway has.
+    Without them, connections that send nothing, or half a request, stay for ever: no token is
+    needed to take all sockets that a gateway has. So do those that read nothing of their answer,
+    with what waits for them.
     """
 
     _deadline: asyncio.TimerHandle | None = None
+    _look: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Give the first request its time."""
@@ -137,6 +141,7 @@ class RelayHttpProtocol(H11Protocol):
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Let the WebSocket protocol go on, also with what came behind the request."""
+        self._stop_looking()
         early, _ = self.conn.trailing_data
         if self.ws_protocol_class is websocket.RelayWebSocketProtocol and websocket.can_read(event):
             # h11 has read the request, as strictly; uvicorn would write and read it again.
@@ -156,8 +161,40 @@ class RelayHttpProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._stop_timer()
+        self._stop_looking()
         self._leave_lobby()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Begin to watch a peer that does not take what it is sent."""
+        super().pause_writing()
+        if self._look is None:
+            left_bytes = self.transport.get_write_buffer_size()
+            self._look_later(Backlog(left_bytes, steady_ms()))
+
+    def resume_writing(self) -> None:
+        """Leave the peer alone: it has taken what waited."""
+        self._stop_looking()
+        super().resume_writing()
+
+    def _look_later(self, backlog: Backlog) -> None:
+        # An event stream is closed with 4410 before, by the same measure. That is told behind what
+        # the peer does not take; the socket would stay, and nobody would count it any more.
+        left_s = (backlog.stuck_at_ms - steady_ms()) / 1000 + direct.FLUSH_S
+        self._look = self.loop.call_later(left_s, self._look_at, backlog)
+
+    def _look_at(self, backlog: Backlog) -> None:
+        now_ms = steady_ms()
+        backlog.look(self.transport.get_write_buffer_size(), now_ms)
+        if backlog.is_stuck(now_ms):
+            self.transport.abort()
+        else:
+            self._look_later(backlog)
+
+    def _stop_looking(self) -> None:
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
 
     def turn_away(self) -> None:
         """Close this connection, which has sent no whole request, to make room for another."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket as sockets
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -195,3 +196,34 @@ async def test_draining_tells_listeners_to_come_back(redis_url: str, key_prefix:
         await stream.until("reconnect")
         assert (await stream.until_closed())["code"] == 1012
         await stopping
+
+
+async def test_stream_that_nobody_reads_leaves_no_socket(
+    redis_url: str, key_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.outbox.NO_PROGRESS_LIMIT_MS", 400)
+    monkeypatch.setattr("gateway.direct.FLUSH_S", 0.4)
+    settings = gateway_settings(redis_url, key_prefix, heartbeat_ms=200)
+    raw = sockets.socket()
+    raw.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4_096)
+    raw.setblocking(False)
+    async with running_gateway(settings) as gateway, Work(settings) as work:
+        server = gateway._public
+        assert server is not None
+        loop = asyncio.get_running_loop()
+        host, port = gateway.url.removeprefix("http://").split(":")
+        await loop.sock_connect(raw, (host, int(port)))
+        with raw:
+            head = f"GET /v1/events HTTP/1.1\r\nHost: {host}\r\nAuthorization: "
+            await loop.sock_sendall(raw, f"{head}{bearer()['Authorization']}\r\n\r\n".encode())
+            for _ in range(80):
+                await work.run(pieces=("x" * 20_000,))
+
+            async def is_closed() -> bool:
+                return gateway.metrics.closed["4410"] == 1
+
+            async def is_gone() -> bool:
+                return not server.server_state.connections and not server.server_state.tasks
+
+            await eventually(is_closed)
+            await eventually(is_gone)
