@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,22 +17,10 @@ from gateway.refusals import UNAVAILABLE_RETRY_MS, refusal_of
 from gateway.transport import AsgiTransport
 from gateway.websocket import DIRECT_TRANSPORT, TakeOver
 from relay.errors import DecodingFailed, RequestRefused
-from relay.places import Place
 from relay.recovery import Since
-from relay.run_model import AgentInfo
 from relay.tokens import Identity
 
 MAX_CLIENT_ID_CHARS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """A client that may connect, and what it asked for."""
-
-    identity: Identity
-    since: Since
-    place: Place
-    agents: Sequence[AgentInfo]
 
 
 def websocket_routes(
@@ -48,8 +35,7 @@ def websocket_routes(
 
     async def connect(websocket: WebSocket) -> None:
         try:
-            admission = await admit(websocket, services, check_open)
-            connection = _register(services, admission)
+            connection = await admit(websocket, services, check_open)
         except Exception as error:  # noqa: BLE001 -- every failure is told before the upgrade
             await _deny(websocket, services, refusal_of(error))
             return
@@ -79,8 +65,8 @@ def websocket_routes(
 
 async def admit(
     websocket: WebSocket, services: ConnectionServices, check_open: Callable[[], None]
-) -> Admission:
-    """Decide whether a client may connect.
+) -> Connection:
+    """Register a client's connection, if it may connect.
 
     Raises:
         RequestRefused, TokenRejected, RedisUnavailable: It may not, or not now.
@@ -91,19 +77,45 @@ async def admit(
     authenticator.check_origin(websocket.headers)
     identity = await authenticator.identify_peer(websocket, allow_ticket=True)
     since, client_id = read_query(websocket.query_params)
+    check_served(services)
+    return await register(services, check_open, identity, since, client_id)
+
+
+def check_served(services: ConnectionServices) -> None:
+    """Refuse clients while nothing that is published arrives here.
+
+    Raises:
+        RequestRefused: ``unavailable``.
+    """
     if not services.hub.subscriber.is_connected:
         raise RequestRefused("unavailable", retry_after_ms=UNAVAILABLE_RETRY_MS)
+
+
+async def register(
+    services: ConnectionServices,
+    check_open: Callable[[], None],
+    identity: Identity,
+    since: Since,
+    client_id: str | None,
+) -> Connection:
+    """Take a place for a connection, and register it there; its transport is to follow at once.
+
+    Raises:
+        RequestRefused, TokenRejected, RedisUnavailable: It cannot be served, or not any more.
+    """
     # The client gets this list; and a gateway that cannot read it has no Redis to serve from.
     agents = await services.commands.agents()
     place = await services.pool.take_place(identity.user_id, client_id)
     try:
         # Time has passed. From here to the registration nothing waits any more.
         check_open()
-        authenticator.check_not_revoked(identity)
+        services.authenticator.check_not_revoked(identity)
     except BaseException:
         services.pool.give_up(place)
         raise
-    return Admission(identity, since, place, agents)
+    connection = Connection(services, identity, since=since, place=place, agents=agents)
+    services.pool.register(connection)
+    return connection
 
 
 def check_subprotocols(offered: Sequence[str]) -> None:
@@ -137,19 +149,6 @@ def read_query(query: Mapping[str, str]) -> tuple[Since, str | None]:
             "invalid_frame", f"client_id: has 1 to {MAX_CLIENT_ID_CHARS} characters."
         )
     return since, client_id
-
-
-def _register(services: ConnectionServices, admission: Admission) -> Connection:
-    """Register the connection at the place that was taken for it. Nothing here waits."""
-    connection = Connection(
-        services,
-        admission.identity,
-        since=admission.since,
-        place=admission.place,
-        agents=admission.agents,
-    )
-    services.pool.register(connection)
-    return connection
 
 
 async def _serve(

@@ -14,13 +14,11 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway.handshake import read_query
+from gateway.handshake import check_served, read_query, register
 from gateway.metrics import GatewayMetrics
 from gateway.protocol import Connection, ConnectionServices
-from gateway.refusals import UNAVAILABLE_RETRY_MS
 from gateway.transport import OutboxTransport
 from relay.codec import Publication
-from relay.errors import RequestRefused
 
 HEADERS = {
     "Cache-Control": "no-store",
@@ -99,21 +97,11 @@ def event_routes(services: ConnectionServices, check_open: Callable[[], None]) -
         if resume:
             query["since"] = resume
         since, client_id = read_query(query)
-        if not services.hub.subscriber.is_connected:
-            raise RequestRefused("unavailable", retry_after_ms=UNAVAILABLE_RETRY_MS)
+        check_served(services)
         if request.method == "HEAD":
             # It asks for the headers. A stream would take a place, and never end.
             return Response(media_type="text/event-stream", headers=HEADERS)
-        agents = await services.commands.agents()
-        place = await services.pool.take_place(identity.user_id, client_id)
-        try:
-            check_open()
-            services.authenticator.check_not_revoked(identity)
-        except BaseException:
-            services.pool.give_up(place)
-            raise
-        connection = Connection(services, identity, since=since, place=place, agents=agents)
-        services.pool.register(connection)
+        connection = await register(services, check_open, identity, since, client_id)
         return EventResponse(services, connection)
 
     return [Route("/v1/events", listen, methods=["GET"])]
