@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from playwright.async_api import expect
+from playwright.async_api import Locator, expect
 
 from tests.e2e.agents.page_agents import HOSTILE_ANSWER, piece
 from tests.support.browser import Tab, new_tab, running_browser, take_screenshot
@@ -226,6 +226,47 @@ async def test_reload_in_mid_run_shows_the_answer_in_progress_and_stop(
     await tab.wait_answer("cancelled")
     await expect(tab.get("stop")).to_be_hidden()
     await tab.assert_quiet()
+
+
+async def test_questions_are_answered_on_any_page_and_shown_on_all(
+    open_tab: OpenTab, user_id: str
+) -> None:
+    first, second = tabs = [await open_tab(user_id, 0), await open_tab(user_id, 1)]
+
+    async def asked(prompt: str) -> list[Locator]:
+        cards = [tab.get("input-request").filter(has_text=prompt) for tab in tabs]
+        for card in cards:
+            await expect(card).to_have_attribute("data-outcome", "open")
+        return cards
+
+    async def shown(cards: list[Locator], outcome: str, words: str) -> None:
+        for card in cards:
+            await expect(card).to_have_attribute("data-outcome", outcome)
+            await expect(card.locator(".input-outcome")).to_contain_text(words)
+            await expect(card.get_by_role("button")).to_have_count(0)
+
+    await first.ask("please", "asker")
+    cards = await asked("Begin?")
+    # A page that has just been loaded can answer as well.
+    await first.reload()
+    cards = await asked("Begin?")
+    await cards[0].get_by_test_id("approve").click()
+    await shown(cards, "answered", "Approved")
+    cards = await asked("Which size?")
+    await cards[1].get_by_role("button", name="large").click()
+    await shown(cards, "answered", "Answered: large")
+    cards = await asked("Which name?")
+    await cards[0].get_by_test_id("input-text").fill("Ann")
+    await cards[0].get_by_test_id("input-text").press("Enter")
+    await shown(cards, "answered", "Answered: Ann")
+    cards = await asked("Send it?")
+    await cards[1].get_by_test_id("deny").click()
+    await shown(cards, "denied", "Denied")
+    for tab in tabs:
+        await tab.wait_answer("completed")
+        await tab.wait_text("begun True, large, for Ann, sent False")
+        await tab.assert_quiet()
+    assert await first.lifecycle() == await second.lifecycle()
 
 
 async def test_page_whose_gateway_is_killed_while_it_streams_misses_nothing(

@@ -46,3 +46,13 @@ async def attack(run: Run) -> str:
         tool.result = {"</script>": HOSTILE_ANSWER}
     await run.delta(HOSTILE_ANSWER)
     return run.text
+
+
+@worker.agent("asker", description="Asks before it does anything.")
+async def question(run: Run) -> str:
+    """Ask one question of each kind, and one that is meant to be refused."""
+    is_approved = await run.approve("Begin?", timeout_s=60)
+    size = await run.ask("Which size?", "choice", choices=["small", "large"], timeout_s=60)
+    name = await run.ask("Which name?", timeout_s=60)
+    is_sent = await run.approve("Send it?", timeout_s=60)
+    return f"begun {is_approved}, {size}, for {name}, sent {is_sent}"
