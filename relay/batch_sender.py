@@ -276,6 +276,10 @@ class BatchSender:
 
     def _connection_lost(self, error: Exception | None) -> None:
         in_flight, self._in_flight = self._in_flight, deque()
+        if self._watch_timer is not None:
+            # The next connection gets its own time.
+            self._watch_timer.cancel()
+            self._watch_timer = None
         if self._pipeline is not None:
             self._pipeline = None
             if in_flight:

@@ -21,9 +21,11 @@ from relay.keys import BODY_PIECE_BYTES
 from relay.publisher import Publisher
 from relay.recovery import Page
 from relay.run_stream import STREAM_BUFFER_BYTES, RunStream
+from relay.scripts import RedisLink
 from relay.staging import read_large_event
 from tests.conftest import OwnRedis
 from tests.integration.script_support import Channel, texts, types
+from tests.support.proxy import RedisProxy
 
 
 @pytest_asyncio.fixture
@@ -84,6 +86,34 @@ async def test_killed_connections_double_and_lose_nothing(
     assert await thoughts(channel) == list(range(120))
     joined = [text for page in await read_all(channel) for _, text in texts(page).values()]
     assert "".join(joined) == stream.text == "é" * 120
+
+
+async def test_a_new_connection_gets_its_own_time_to_answer(
+    channel: Channel, redis_url: str
+) -> None:
+    submitted = await channel.submit()
+    claim = await channel.claim(submitted.run_id)
+    with RedisProxy(int(redis_url.rpartition(":")[2].split("/")[0])) as proxy:
+        link = RedisLink(proxy.redis_url)
+        async with Publisher(link, channel.all_keys) as publisher:
+            sender = publisher._sender
+            stream = publisher.open(claim)
+            await stream.publish(EventType.AGENT_STARTED, {})
+            await stream.flush()
+            proxy.blackhole()
+            await think(stream, 0)
+            async with asyncio.timeout(5):
+                while not sender._in_flight:
+                    await asyncio.sleep(0)
+                proxy.refuse()
+                while sender._in_flight:
+                    await asyncio.sleep(0.005)
+            # What is left of the old one's time would end the next one before it can answer.
+            assert sender._watch_timer is None
+            proxy.accept()
+            await complete(stream)
+        await link.aclose()
+    assert await thoughts(channel) == [0]
 
 
 async def test_a_restart_with_its_file_doubles_and_loses_nothing(own_redis: OwnRedis) -> None:
