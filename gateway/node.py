@@ -9,7 +9,7 @@ from collections.abc import Callable
 import orjson
 import structlog
 
-from relay.errors import RedisMisconfigured, RedisUnavailable, RelayError
+from relay.errors import RelayError
 from relay.keys import NODE_TTL_MS, Keys
 from relay.scripts import RedisLink, mapped_errors
 
@@ -53,7 +53,8 @@ class Node:
         while True:
             try:
                 await self.renew()
-            except (RedisUnavailable, RedisMisconfigured) as error:
+            except RelayError as error:
+                # Whatever Redis or a proxy before it answers, it may be another answer next time.
                 if was_renewed:
                     log.warning("sign of life not renewed", error=str(error))
                 was_renewed = False
@@ -65,7 +66,7 @@ class Node:
         """Say that this node lives.
 
         Raises:
-            RedisUnavailable, RedisMisconfigured: Redis did not take it.
+            RedisUnavailable, RedisMisconfigured, ScriptFailed: Redis did not take it.
         """
         with mapped_errors(self._link.url):
             before = await self._link.client.set(self.channel, b"gateway", px=NODE_TTL_MS, get=True)

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 
-from relay.errors import RedisMisconfigured, RedisUnavailable
+from relay.errors import RelayError
 from relay.scripts import RedisLink, mapped_errors
 
 PROBE_PREFIX = b"probe:"
@@ -55,7 +55,7 @@ class Probe:
             self.last_error = (
                 f"a message published to Redis did not come back within {self.deadline_s:g} s"
             )
-        except (RedisUnavailable, RedisMisconfigured) as error:
+        except RelayError as error:
             self.last_error = str(error)
         else:
             self.last_error = None

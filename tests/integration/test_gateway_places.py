@@ -16,11 +16,12 @@ from websockets.exceptions import InvalidStatus
 from gateway import place_keeper
 from gateway.app import Gateway, running_gateway
 from gateway.connection_pool import REPLACED
+from gateway.node import RENEW_INTERVAL_S
 from gateway.place_keeper import PlaceKeeper
 from relay.errors import RedisUnavailable, RequestRefused
 from relay.keys import NODE_TTL_MS, PLACES_TTL_MS, Keys
 from relay.places import AllTaken, Holder, Place, PlaceBook, PlaceTaken
-from relay.scripts import RedisLink
+from relay.scripts import RedisLink, ScriptFailed
 from tests.conftest import OwnRedis
 from tests.integration.gateway_support import (
     Tab,
@@ -144,6 +145,26 @@ async def test_gateway_that_was_taken_for_dead_enters_its_places_again(
         await eventually(lambda: redis.exists(key))
         assert await redis.hgetall(key) == before
         assert await redis.exists(connections(key_prefix, "bob"))
+        assert await opened.is_alive()
+
+
+async def test_what_stands_in_place_of_its_sign_of_life_ends_no_gateway(
+    gateways: Sequence[Gateway], redis: redis.asyncio.Redis
+) -> None:
+    node = gateways[0].node
+
+    async def is_renewed() -> bool:
+        return bool(await redis.type(node.channel) == b"string")
+
+    async with tab(gateways[0]) as opened:
+        await redis.delete(node.channel)
+        await redis.rpush(node.channel, "not text")
+        with pytest.raises(ScriptFailed):
+            await node.renew()
+        # Longer than between two renewals.
+        await asyncio.sleep(1.2 * RENEW_INTERVAL_S)
+        await redis.delete(node.channel)
+        await eventually(is_renewed)
         assert await opened.is_alive()
 
 
