@@ -23,7 +23,7 @@ from relay.scripts import RedisLink, mapped_errors
 
 PING_EVERY_S = 1.0
 SILENCE_S = 3.0
-"""Without an answer for this long the connection counts as dead: a cut network sends no reset."""
+"""Pings without an answer for this long: the connection is dead. A cut network sends no reset."""
 
 SUBSCRIBE_CHUNK = 512
 """Channels in one SUBSCRIBE, and asked for in one turn of the loop.
@@ -171,13 +171,19 @@ class Subscriber:
     async def _serve(self, connection: PubSubConnection) -> BaseException:
         """Watch over a connection until it breaks; gives the reason."""
         loop = asyncio.get_running_loop()
+        unanswered = 0
         while True:
+            asked_s = loop.time()
+            connection.ping()
             done, _ = await asyncio.wait([connection.lost], timeout=PING_EVERY_S)
             if done:
                 return connection.lost.result()
-            if loop.time() - connection.heard_at_s > SILENCE_S:
+            # Pings are counted, not seconds. A pause of the loop or of the process is our own
+            # silence, and uvloop runs timers before it reads what came meanwhile: a pause makes
+            # one ping look unanswered at most, for each wait reads at least once.
+            unanswered = 0 if connection.heard_at_s >= asked_s else unanswered + 1
+            if unanswered * PING_EVERY_S >= SILENCE_S:
                 return redis_errors.TimeoutError(f"no answer for {SILENCE_S:g} s")
-            connection.ping()
 
     def _change(self, channel: bytes, *, is_wanted: bool) -> None:
         self._changes[channel] = is_wanted

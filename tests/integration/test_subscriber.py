@@ -9,13 +9,17 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import pytest_asyncio
 import redis.asyncio
+import uvloop
 from redis.asyncio.connection import AbstractConnection
 
+from relay import subscriber
 from relay.errors import RedisUnavailable
 from relay.scripts import RedisLink
 from relay.subscriber import SILENCE_S, SUBSCRIBE_CHUNK, Subscriber
 from tests.conftest import OwnRedis
 from tests.support.redis_server import free_port
+
+LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
 class Heard:
@@ -138,6 +142,32 @@ async def test_a_dead_peer_is_noticed_in_seconds(own_redis: OwnRedis) -> None:
     finally:
         server.resume()
         await heard.aclose()
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_pause_of_our_own_is_not_taken_for_redis_silence(
+    redis_url: str, key_prefix: str, monkeypatch: pytest.MonkeyPatch, new_loop: LoopFactory
+) -> None:
+    monkeypatch.setattr(subscriber, "PING_EVERY_S", 0.1)
+    monkeypatch.setattr(subscriber, "SILENCE_S", 0.3)
+
+    async def pause() -> None:
+        heard = Heard(redis_url)
+        await heard.subscriber.start()
+        try:
+            heard.subscriber.subscribe(key_prefix.encode())
+            await heard.until_event("confirmed", key_prefix)
+            for _ in range(2):
+                # Past the answer to the last ping, and with a ping on its way.
+                await asyncio.sleep(0.05)
+                time.sleep(0.5)  # noqa: ASYNC251 -- it is the pause
+                assert await heard.subscriber.barrier()
+            assert ("lost",) not in heard.events
+        finally:
+            await heard.aclose()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(pause())
 
 
 async def test_the_first_connection_must_be_made() -> None:
