@@ -106,6 +106,7 @@ class FeedHub:
             self._background,
             self._outage,
             is_subscribed=lambda: self.subscriber.is_connected,
+            subscribe=self._subscribe_again,
             perform=self.perform,
         )
         self.checks = PositionCheck(link, keys, self.subscriber, self._outage, self.perform)
@@ -222,6 +223,11 @@ class FeedHub:
         self._outage.begin("the subscription connection to Redis is down")
         for feed in self._feeds.values():
             feed.lose()
+
+    def _subscribe_again(self, feed: UserFeed) -> None:
+        # It may have been let go meanwhile.
+        if self._feeds.get(feed.channel) is feed:
+            self.subscriber.subscribe(feed.channel)
 
     def _confirm(self, channel: bytes) -> None:
         feed = self._feeds.get(channel)

@@ -38,6 +38,7 @@ class HistoryReader:
         background: Where the reads run.
         outage: Learns whether Redis answers.
         is_subscribed: Whether what is published arrives.
+        subscribe: Asks for a feed's channel again; its confirmation lets the feed go on.
         perform: Carries out what a feed asks for after an answer.
 
     Attributes:
@@ -52,6 +53,7 @@ class HistoryReader:
         outage: Outage,
         *,
         is_subscribed: Callable[[], bool],
+        subscribe: Callable[[UserFeed], None],
         perform: Callable[[UserFeed], None],
     ) -> None:
         self.catch_ups = 0
@@ -60,6 +62,7 @@ class HistoryReader:
         self._background = background
         self._outage = outage
         self._is_subscribed = is_subscribed
+        self._subscribe = subscribe
         self._perform = perform
         self._requests: RequestQueue[UserFeed] = RequestQueue()
         self._wake = asyncio.Event()
@@ -94,8 +97,14 @@ class HistoryReader:
             requests = [shared for shared in requests if shared.is_awaited]
             if not requests:
                 return
-            calls = [self._call(shared.owner, shared.first) for shared in requests]
-            replies = await self._persist(lambda: self._link.run_each(calls))
+            try:
+                calls = [self._call(shared.owner, shared.first) for shared in requests]
+                replies = await self._persist(lambda: self._link.run_each(calls))
+            except Exception:
+                log.exception("history not read", users=len(requests))
+                for shared in requests:
+                    self._retry_later(shared)
+                return
             turn_s = loop.time()
             for shared, reply in zip(requests, replies, strict=True):
                 for request, answer in self._answers(shared, reply):
@@ -119,14 +128,23 @@ class HistoryReader:
     ) -> Sequence[tuple[Request, Any]]:
         """Give who gets what. What is wrong with one user's data holds up nobody else."""
         feed, first = shared.owner, shared.first
-        try:
-            if isinstance(reply, ScriptFailed):
-                raise reply
-            answer = page_from(feed.user_id, first, reply) if isinstance(first, Read) else reply
-        except (DecodingFailed, ScriptFailed) as error:
-            log.error("history not understood", user_id=feed.user_id, error=str(error))
-            for request in shared.waiting:
-                self._background.later(_RETRY_MOST_S, partial(self._try_again, feed, request))
+        answer = reply
+        failure: Exception | None = reply if isinstance(reply, ScriptFailed) else None
+        if failure is None and isinstance(first, Read):
+            try:
+                answer = page_from(feed.user_id, first, reply)
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            is_data = isinstance(failure, DecodingFailed | ScriptFailed)
+            log.error(
+                "history not understood",
+                user_id=feed.user_id,
+                error=str(failure),
+                exc_info=None if is_data else failure,
+            )
+            # Left out, whoever waits would believe for ever to be reading.
+            self._retry_later(shared)
             return []
         if isinstance(first, Rotate):
             log.warning("history contradicts itself: new epoch", user_id=feed.user_id)
@@ -152,9 +170,13 @@ class HistoryReader:
                 self._background.later(_RETRY_MOST_S, partial(self._begin_anew, feed))
 
     def _begin_anew(self, feed: UserFeed) -> None:
+        # Whether the channel is subscribed at this moment only its confirmation can say.
         feed.lose()
-        feed.confirm()
-        self._perform(feed)
+        self._subscribe(feed)
+
+    def _retry_later(self, shared: SharedRequest[UserFeed]) -> None:
+        for request in shared.waiting:
+            self._background.later(_RETRY_MOST_S, partial(self._try_again, shared.owner, request))
 
     def _try_again(self, feed: UserFeed, request: Request) -> None:
         """Ask once more, unless nobody waits for it by now."""

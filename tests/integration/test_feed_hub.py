@@ -13,10 +13,12 @@ import pytest
 import pytest_asyncio
 import redis.asyncio
 
-from gateway import feed, outage, position_check
+from gateway import feed, history_reader, outage, position_check
 from gateway.feed import Attachment, FeedHub
+from gateway.user_feed import UserFeed
 from relay.codec import Position
 from relay.events import EventType
+from relay.history import page_from
 from relay.keys import BODY_THRESHOLD_BYTES, Keys
 from relay.recovery import PART_THRESHOLD_BYTES, FeedState
 from relay.scripts import RedisLink
@@ -274,6 +276,94 @@ async def test_one_users_broken_key_holds_up_nobody_else(
     assert not hub.is_degraded
     await redis.delete(broken)
     await stuck.until_type("connection_established")
+
+
+async def test_a_defect_at_one_users_history_holds_up_nobody_else(
+    hub: FeedHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = 0
+
+    def fail_once(user_id: str, read: Any, reply: Any) -> Any:
+        nonlocal failures
+        if user_id == "mallory" and not failures:
+            failures += 1
+            raise RuntimeError("defect")
+        return page_from(user_id, read, reply)
+
+    monkeypatch.setattr(history_reader, "page_from", fail_once)
+    # Attached in one turn of the loop: all are in one pipeline, behind the one that fails.
+    tabs = [Tab(user_id) for user_id in ("mallory", "alice", "bob")]
+    for tab in tabs:
+        tab.attachment = hub.attach(tab.user_id, "active", tab)
+    for tab in tabs:
+        await tab.until_type("connection_established")
+    assert failures == 1
+
+
+async def test_reads_that_cannot_be_sent_are_made_again(
+    hub: FeedHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_each = hub.reader._link.run_each
+    failures = 0
+
+    async def fail_once(asked: Any) -> Any:
+        nonlocal failures
+        failures += 1
+        if failures == 1:
+            raise TypeError("defect")
+        return await run_each(asked)
+
+    monkeypatch.setattr(hub.reader._link, "run_each", fail_once)
+    await connect(hub)
+    assert failures > 1
+
+
+async def test_a_feed_that_failed_in_an_outage_waits_for_its_subscription(
+    hub: FeedHub, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tab = await connect(hub)
+    [feed] = hub._feeds.values()
+    may_connect = asyncio.Event()
+    make_connection = hub.subscriber._connect
+
+    async def connect_later() -> None:
+        await may_connect.wait()
+        await make_connection()
+
+    monkeypatch.setattr(hub.subscriber, "_connect", connect_later)
+    connection = hub.subscriber._connection
+    assert connection is not None
+    connection.end(ConnectionError("cut"))
+    await tab.until(lambda _: hub.is_degraded)
+    hub.reader._begin_anew(feed)
+    run = await channel.started()
+    assert (feed.state, hub.reader.waiting) == (FeedState.SUBSCRIBING, 0)
+    may_connect.set()
+    await run.end()
+    await tab.until_type("agent_completed")
+    verify([tab], channel, run.run_id, 0)
+
+
+async def test_a_feed_that_failed_goes_on_with_its_confirmation(
+    hub: FeedHub, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive_page = UserFeed.receive_page
+    failures = 0
+
+    def fail_once(feed: UserFeed, read: Any, page: Any) -> None:
+        nonlocal failures
+        failures += 1
+        if failures == 1:
+            raise RuntimeError("defect")
+        receive_page(feed, read, page)
+
+    monkeypatch.setattr(UserFeed, "receive_page", fail_once)
+    tab = await connect(hub)
+    assert failures > 1
+    run = await channel.started()
+    await run.end()
+    await tab.until_type("agent_completed")
+    verify([tab], channel, run.run_id, 0)
 
 
 async def test_one_users_broken_position_ends_no_other_users_check(
