@@ -128,27 +128,25 @@ class HistoryReader:
     ) -> Sequence[tuple[Request, Any]]:
         """Give who gets what. What is wrong with one user's data holds up nobody else."""
         feed, first = shared.owner, shared.first
-        answer = reply
-        failure: Exception | None = reply if isinstance(reply, ScriptFailed) else None
-        if failure is None and isinstance(first, Read):
-            try:
-                answer = page_from(feed.user_id, first, reply)
-            except Exception as error:
-                failure = error
-        if failure is not None:
-            is_data = isinstance(failure, DecodingFailed | ScriptFailed)
-            log.error(
-                "history not understood",
-                user_id=feed.user_id,
-                error=str(failure),
-                exc_info=None if is_data else failure,
-            )
-            # Left out, whoever waits would believe for ever to be reading.
+        try:
+            answer = self._understand(feed, first, reply)
+        except (DecodingFailed, ScriptFailed) as error:
+            log.error("history not understood", user_id=feed.user_id, error=str(error))
+            self._retry_later(shared)
+            return []
+        except Exception:
+            # A defect. Left out, whoever waits would believe for ever to be reading.
+            log.exception("history not understood", user_id=feed.user_id)
             self._retry_later(shared)
             return []
         if isinstance(first, Rotate):
             log.warning("history contradicts itself: new epoch", user_id=feed.user_id)
         return [(request, answer) for request in shared.waiting]
+
+    def _understand(self, feed: UserFeed, request: Request, reply: Any) -> Any:
+        if isinstance(reply, ScriptFailed):
+            raise reply
+        return page_from(feed.user_id, request, reply) if isinstance(request, Read) else reply
 
     def _answer(self, feed: UserFeed, request: Request, answer: Any) -> None:
         cursor = request.cursor if isinstance(request, FetchBody) else None
