@@ -324,7 +324,7 @@ class Gateway:
             await asyncio.sleep(TICK_MS / 1000)
             self.metrics.note_loop_lag(max(0.0, loop.time() - began_s - TICK_MS / 1000))
             for index, connection in enumerate(self._wheel.turn(steady_ms()), 1):
-                connection.tick()
+                _tick(connection)
                 if not index % TICKS_AT_ONCE:
                     # Connections that came together have their heartbeats together.
                     await asyncio.sleep(0)
@@ -461,6 +461,20 @@ class Gateway:
             ),
             *revocation_routes(self.identify, self._revocation_log),
         ]
+
+
+def _tick(connection: Connection) -> None:
+    """Do what is due at a connection; one that fails is cut off, the others go on."""
+    try:
+        connection.tick()
+    except Exception:
+        log.exception("connection failed", user_id=connection.user_id)
+    else:
+        return
+    try:
+        connection.break_off()
+    except Exception:
+        log.exception("connection not cut off", user_id=connection.user_id)
 
 
 def build_app(gateway: Gateway) -> Starlette:

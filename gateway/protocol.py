@@ -199,6 +199,11 @@ class Connection:
         if self._closing is None or self._closing.code != CloseCode.TOKEN_EXPIRED:
             self._cut_off(CloseCode.TOKEN_EXPIRED, reason)
 
+    def break_off(self) -> None:
+        """Close with 1011 at once: what it would do next cannot be relied on."""
+        closing = self._closing or Close(CloseCode.INTERNAL, "connection failed")
+        self._cut_off(closing.code, closing.reason)
+
     def drain(self, after_ms: int) -> None:
         """Ask the client to come back, to any gateway, and close with 1012."""
         if self._closing is None:

@@ -14,16 +14,19 @@ import httpx
 import pytest
 
 from gateway.app import Gateway, running_gateway
+from gateway.protocol import Connection
 from relay.errors import CloseCode, ConfigurationError, RedisMisconfigured, RedisUnavailable
 from relay.keys import Keys
 from tests.integration.gateway_support import (
     SECRET,
+    SERVERS,
     bearer,
     eventually,
     gateway_settings,
     http,
     raw_tab,
     tab,
+    use_server,
 )
 from tests.support.acl import as_user
 
@@ -288,6 +291,29 @@ async def test_part_that_fails_ends_the_gateway(redis_url: str, key_prefix: str)
         with pytest.raises(RuntimeError, match="defect"):
             async with asyncio.timeout(5):
                 await gateway.wait()
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_connection_that_fails_at_its_time_is_cut_off_alone(
+    redis_url: str, key_prefix: str, monkeypatch: pytest.MonkeyPatch, server: str
+) -> None:
+    use_server(server, monkeypatch)
+    tick = Connection.tick
+
+    def fail_for_alice(connection: Connection) -> None:
+        if connection.user_id == "alice":
+            raise RuntimeError("defect")
+        tick(connection)
+
+    monkeypatch.setattr(Connection, "tick", fail_for_alice)
+    async with (
+        running_gateway(gateway_settings(redis_url, key_prefix, heartbeat_ms=300)) as gateway,
+        tab(gateway, "bob") as bob,
+        tab(gateway, "alice") as alice,
+    ):
+        assert await alice.closed() == (CloseCode.INTERNAL, "connection failed")
+        await bob.until("heartbeat")
+        assert [connection.user_id for connection in gateway.pool] == ["bob"]
 
 
 async def test_gateway_that_never_started_stops_cleanly(redis_url: str, key_prefix: str) -> None:
