@@ -56,6 +56,9 @@ class SignalListener:
     @property
     def last_error(self) -> str | None:
         """What happened when signals were last lost; None if they never were."""
+        failure = self._subscriber.failure
+        if failure is not None:
+            return f"Signals arrive no more, by a defect: {failure!r}. Start this process again."
         return self._last_error
 
     async def start(self) -> None:

@@ -248,6 +248,7 @@ class Gateway:
         )
         await self.link.check()
         await self.hub.start()
+        self._run_in_background(self.hub.watch(), "feeds")
         self.hub.listen(self.node.channel, self._receive_signal)
         self.hub.listen(self._revocations.channel, self._revocations.receive)
         await self._revocations.look()

@@ -99,6 +99,7 @@ class FeedHub:
             on_confirmed=self._confirm,
         )
         self._background = Background()
+        self._parts: list[asyncio.Task[None]] = []
         self._outage = Outage(self._background, self._sinks)
         self.reader = HistoryReader(
             link,
@@ -141,8 +142,22 @@ class FeedHub:
             RedisUnavailable, RedisMisconfigured: The first connection could not be made.
         """
         await self.subscriber.start()
-        self._background.spawn(self.reader.run(), "history-reader")
-        self._background.spawn(self._look_after(), "feeds")
+        self._parts = [
+            self._background.spawn(self.reader.run(), "history-reader"),
+            self._background.spawn(self._look_after(), "feeds"),
+            self._background.spawn(self.subscriber.watch(), "subscriber-watch"),
+        ]
+
+    async def watch(self) -> None:
+        """Return when a part of a started hub has ended: without it, clients miss events.
+
+        Raises:
+            Exception: The defect that ended it.
+        """
+        done, _ = await asyncio.wait(self._parts, return_when=asyncio.FIRST_COMPLETED)
+        for part in done:
+            if not part.cancelled():
+                part.result()
 
     async def aclose(self) -> None:
         """Stop all work. Connections should have been closed before."""

@@ -53,6 +53,10 @@ class Subscriber:
         on_lost: Called when the connection breaks: messages may be missing from here on.
         on_confirmed: Called when Redis has confirmed the subscription of a channel on the
             current connection: messages are complete from here on.
+
+    Attributes:
+        is_connected: Whether there is a connection at the moment.
+        failure: The defect that ended this; no connection is made any more.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Subscriber:
         self._redis: AbstractConnection | None = None
         self._connection: PubSubConnection | None = None
         self.is_connected = False
+        self.failure: Exception | None = None
 
     async def start(self) -> None:
         """Connect once and keep connected from then on.
@@ -86,7 +91,18 @@ class Subscriber:
             RedisUnavailable, RedisMisconfigured: The first connection could not be made.
         """
         await self._connect()
-        self._task = asyncio.create_task(self._run(), name="subscriber")
+        self._task = asyncio.create_task(self._run_loudly(), name="subscriber")
+
+    async def watch(self) -> None:
+        """Wait for the end of a started subscriber, which does not end before ``aclose``.
+
+        Raises:
+            Exception: The defect that ended it all the same.
+        """
+        if self._task is not None:
+            await asyncio.wait([self._task])
+        if self.failure is not None:
+            raise self.failure
 
     async def aclose(self) -> None:
         """Disconnect. No callback is called after this."""
@@ -143,6 +159,15 @@ class Subscriber:
             connection.end(redis_errors.ConnectionError("closed by us"))
         if redis is not None:
             await redis.disconnect(nowait=True)
+
+    async def _run_loudly(self) -> None:
+        try:
+            await self._run()
+        except Exception as error:
+            # Whoever only looks whether there is a connection must not see one that nobody watches.
+            log.critical("subscriber failed: nothing arrives any more", exc_info=True)
+            self.failure = error
+            await self._disconnect()
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()

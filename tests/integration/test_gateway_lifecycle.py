@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import httpx
@@ -288,6 +289,45 @@ async def test_part_that_fails_ends_the_gateway(redis_url: str, key_prefix: str)
             raise RuntimeError("defect")
 
         gateway._run_in_background(fail(), "part")
+        with pytest.raises(RuntimeError, match="defect"):
+            async with asyncio.timeout(5):
+                await gateway.wait()
+
+
+def break_reader(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway.hub.reader, "_requests", Broken())
+    gateway.hub.reader._wake.set()
+
+
+def break_checks(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway.hub, "checks", Broken())
+
+
+def break_subscriber(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway.hub.subscriber, "_on_lost", Broken().fail)
+    connection = gateway.hub.subscriber._connection
+    assert connection is not None
+    connection.end(ConnectionError("cut"))
+
+
+class Broken:
+    """A part that fails whatever it is asked."""
+
+    def fail(self, *_: object) -> None:
+        raise RuntimeError("defect")
+
+    advance = take = fail
+
+
+@pytest.mark.parametrize("break_part", [break_reader, break_checks, break_subscriber])
+async def test_gateway_without_its_feeds_ends(
+    redis_url: str,
+    key_prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+    break_part: Callable[[Gateway, pytest.MonkeyPatch], None],
+) -> None:
+    async with running_gateway(gateway_settings(redis_url, key_prefix)) as gateway:
+        break_part(gateway, monkeypatch)
         with pytest.raises(RuntimeError, match="defect"):
             async with asyncio.timeout(5):
                 await gateway.wait()

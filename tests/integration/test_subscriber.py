@@ -12,6 +12,7 @@ import redis.asyncio
 import uvloop
 from redis.asyncio.connection import AbstractConnection
 
+from agent_worker.signals import SignalListener
 from relay import subscriber
 from relay.errors import RedisUnavailable
 from relay.scripts import RedisLink
@@ -52,6 +53,10 @@ class Heard:
     async def aclose(self) -> None:
         await self.subscriber.aclose()
         await self.link.aclose()
+
+
+def fail() -> None:
+    raise RuntimeError("defect")
 
 
 @pytest_asyncio.fixture
@@ -230,6 +235,35 @@ async def test_both_protocols_of_redis_are_understood(
         await heard.aclose()
 
 
+async def test_a_defect_is_told_to_whoever_watches_and_leaves_no_connection(
+    redis_url: str,
+) -> None:
+    heard = Heard(redis_url)
+    heard.subscriber._on_lost = fail
+    await heard.subscriber.start()
+    try:
+        watching = asyncio.create_task(heard.subscriber.watch())
+        connection = heard.subscriber._connection
+        assert connection is not None
+        connection.end(ConnectionError("cut"))
+        async with asyncio.timeout(5):
+            with pytest.raises(RuntimeError, match="defect"):
+                await watching
+        assert not heard.subscriber.is_connected
+    finally:
+        await heard.aclose()
+
+
+async def test_watching_ends_quietly_with_the_subscriber(redis_url: str) -> None:
+    heard = Heard(redis_url)
+    await heard.subscriber.start()
+    watching = asyncio.create_task(heard.subscriber.watch())
+    await asyncio.sleep(0)
+    await heard.aclose()
+    async with asyncio.timeout(5):
+        await watching
+
+
 async def test_a_refused_subscription_is_a_loss_and_is_tried_again(own_redis: OwnRedis) -> None:
     server = await own_redis()
     async with server.client() as client:
@@ -274,3 +308,27 @@ async def test_a_connection_that_is_lost_as_soon_as_it_is_made_is_none(
         await heard.until(lambda: len(made) >= 2)
     await heard.until_event("confirmed", "one", count=2)
     assert heard.events.count(("lost",)) == 1
+
+
+async def test_signals_that_a_defect_ended_are_said_to_be_gone(
+    redis_url: str, key_prefix: str
+) -> None:
+    def ignore(*_: object) -> None:
+        return None
+
+    link = RedisLink(redis_url)
+    listener = SignalListener(link, key_prefix, ignore, ignore)
+    await listener.start()
+    try:
+        connection = listener._subscriber._connection
+        assert connection is not None
+        listener._subscriber._on_lost = fail
+        connection.end(ConnectionError("cut"))
+        with pytest.raises(RuntimeError, match="defect"):
+            async with asyncio.timeout(5):
+                await listener._subscriber.watch()
+        assert not listener.is_connected
+        assert "defect" in str(listener.last_error)
+    finally:
+        await listener.aclose()
+        await link.aclose()
