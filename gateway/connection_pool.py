@@ -100,6 +100,7 @@ class _Entry:
     place: Place
     opened_s: float
     connection: PooledConnection | None = None
+    is_replaced: bool = False
 
 
 class Places(Protocol):
@@ -180,7 +181,8 @@ class WebSocketConnectionPool:
             The place. Pass it to ``register`` with its connection, or to ``give_up``.
 
         Raises:
-            RequestRefused: ``rate_limited``; nothing was taken.
+            RequestRefused: ``rate_limited``: there was none, or a newer connection of the same
+                client took it over meanwhile; nothing stays taken.
             RedisUnavailable: Redis did not answer; nothing stays taken.
         """
         self._check_here(user_id, client_id)
@@ -199,6 +201,15 @@ class WebSocketConnectionPool:
         except BaseException:
             self.give_up(place)
             raise
+        if entry.is_replaced:
+            # It has no place in Redis any more: opened, it would be one above the limit.
+            self.give_up(place)
+            raise RequestRefused(
+                "rate_limited",
+                "A newer connection of this client took its place.",
+                suggestions=("Give each device or tab a client_id of its own.",),
+                retry_after_ms=LIMIT_RETRY_MS,
+            )
         return place
 
     def _check_here(self, user_id: str, client_id: str | None) -> None:
@@ -228,10 +239,16 @@ class WebSocketConnectionPool:
             await self._tell_replaced(holder.node_id, user_id, holder.connection_id)
 
     def close_replaced(self, connection_id: str, user_id: str) -> None:
-        """Close a connection whose client has opened a newer one; harmless if it is gone."""
-        connection = self.get(connection_id, user_id)
-        if connection is not None:
-            connection.close(CloseCode.LIMIT, REPLACED)
+        """Close a connection whose client has opened a newer one; harmless if it is gone.
+
+        One that is not open yet is refused: ``take_place`` raises.
+        """
+        entry = self._entries.get(connection_id)
+        if entry is None or entry.place.user_id != user_id:
+            return
+        entry.is_replaced = True
+        if entry.connection is not None:
+            entry.connection.close(CloseCode.LIMIT, REPLACED)
 
     def give_up(self, place: Place) -> None:
         """Let a place go whose connection will not be opened."""

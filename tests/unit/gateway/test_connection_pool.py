@@ -165,6 +165,25 @@ async def test_device_that_comes_back_takes_over_its_place() -> None:
         await setup.open("alice", "laptop")
 
 
+async def test_handshake_whose_device_has_come_again_meanwhile_is_refused(setup: Setup) -> None:
+    opening = asyncio.create_task(setup.open("alice", "phone"))
+    await asyncio.sleep(0)
+    (connection_id,) = setup.pool._entries
+    setup.pool.close_replaced(connection_id, "bob")
+    setup.pool.close_replaced(connection_id, "alice")
+    with pytest.raises(RequestRefused, match="newer connection") as caught:
+        await opening
+    assert caught.value.http_status == 429
+    assert caught.value.retry_after_ms
+    assert setup.places.held == []
+    assert not setup.pool._entries
+    opening = asyncio.create_task(setup.open("alice", "phone"))
+    await asyncio.sleep(0)
+    (connection_id,) = setup.pool._entries
+    setup.pool.close_replaced(connection_id, "bob")
+    assert (await opening).closed == []
+
+
 async def test_removal_leaves_no_residue_and_frees_the_place(setup: Setup) -> None:
     empty = asdict(setup.pool.statistics())
     connections = [await setup.open(user_id) for user_id in ("alice", "alice", "bob")]
