@@ -205,6 +205,15 @@ class PlaceBook:
             answers = await self._link.run_each([call for call, _ in batch])
         except RelayError as error:
             answers = [error] * len(batch)
+        except Exception as error:  # noqa: BLE001 -- it is told to each caller
+            # A defect. What waits behind this batch is sent all the same.
+            for _, future in batch:
+                if not future.done():
+                    # As below: an exception object for each.
+                    failure = RuntimeError(f"places could not be asked for: {error}")
+                    failure.__cause__ = error
+                    future.set_exception(failure)
+            return
         except BaseException:
             # The event loop is ending: nobody may wait for an answer that does not come.
             for _, future in batch:

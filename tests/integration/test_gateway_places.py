@@ -18,6 +18,7 @@ from gateway.app import Gateway, running_gateway
 from gateway.connection_pool import REPLACED
 from gateway.node import RENEW_INTERVAL_S
 from gateway.place_keeper import PlaceKeeper
+from relay import places
 from relay.errors import RedisUnavailable, RequestRefused
 from relay.keys import NODE_TTL_MS, PLACES_TTL_MS, Keys
 from relay.places import AllTaken, Holder, Place, PlaceBook, PlaceTaken
@@ -312,6 +313,24 @@ async def test_many_places_taken_at_once_are_exact(link: RedisLink, key_prefix: 
         )
     )
     assert Counter(map(type, answers)) == {PlaceTaken: 40 * 7, AllTaken: 40 * 5}
+
+
+async def test_call_that_cannot_be_sent_fails_and_those_behind_it_are_sent(
+    link: RedisLink, key_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "CALLS_PER_PIPELINE", 1)
+    monkeypatch.setattr(places, "PIPELINES", 1)
+    book = PlaceBook(link, Keys(key_prefix), "gw-1", 1)
+    async with asyncio.timeout(5):
+        failed, taken = await asyncio.gather(
+            # A lone surrogate has no form in bytes.
+            book.take(Place("con_1", "alice", "\ud800")),
+            book.take(Place("con_2", "alice")),
+            return_exceptions=True,
+        )
+    assert isinstance(failed, RuntimeError)
+    assert isinstance(failed.__cause__, UnicodeEncodeError)
+    assert taken == PlaceTaken(())
 
 
 @pytest.mark.every_redis
