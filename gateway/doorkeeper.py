@@ -6,6 +6,7 @@ them may take is limited before anything is looked up, and the memory for it is 
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ MAX_ADDRESSES = 10_000
 """Addresses whose failures are remembered; the one that failed longest ago is forgotten."""
 
 CHECK_RETRY_MS = 2_000
+
+_IN_BRACKETS_OR_WITH_PORT = re.compile(r"\[([^\[\]]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ def address_of(peer: str | None, forwarded: Sequence[str], trusted: Sequence[Net
         return peer or ""
     entries = [entry.strip() for value in forwarded for entry in value.split(",")]
     while entries and any(address in network for network in trusted):
-        before = _parsed(entries.pop())
+        before = _parsed(_without_port(entries.pop()))
         if before is None:
             break
         address = before
@@ -76,6 +79,12 @@ def is_trusted(peer: str | None, trusted: Sequence[Network]) -> bool:
     """Tell whether the other end of a socket is a proxy that is trusted."""
     address = _parsed(peer or "")
     return address is not None and any(address in network for network in trusted)
+
+
+def _without_port(entry: str) -> str:
+    """Give the address in an entry: some proxies append the client's port, and put IPv6 in [ ]."""
+    match = _IN_BRACKETS_OR_WITH_PORT.fullmatch(entry)
+    return (match[1] or match[2]) if match else entry
 
 
 def _parsed(text: str) -> IPv4Address | IPv6Address | None:
