@@ -17,13 +17,7 @@ import orjson
 from relay.encoding import encode_json
 from relay.errors import DecodingFailed, NewerVersion
 from relay.events import EventType, format_timestamp
-
-WIRE_VERSION = 1
-"""Version of live messages and tasks (ADR 0010).
-
-It counts forms that an older reader would misunderstand. What is only added (an element at the end,
-another field) leaves it as it is.
-"""
+from relay.keys import WIRE_VERSION
 
 
 class Position(NamedTuple):

@@ -44,15 +44,27 @@ BODY_PIECE_BYTES = 131_072
 BODY_THRESHOLD_BYTES = 65_536
 """An event above this is stored beside the log; a live message above it becomes a claim."""
 
+LARGE_TEXT_BYTES = 262_144
+"""A text with more to read is not given with a page of history: it is read piece by piece."""
+
+WIRE_VERSION = 1
+"""Version of live messages and tasks (ADR 0010).
+
+It counts forms that an older reader would misunderstand. What is only added (an element at the end,
+another field) leaves it as it is.
+"""
+
 SCRIPT_CONSTANTS: dict[str, int] = {
     "BODY_PIECE_BYTES": BODY_PIECE_BYTES,
     "BODY_THRESHOLD_BYTES": BODY_THRESHOLD_BYTES,
     "CHANNEL_TTL_MARGIN_MS": CHANNEL_TTL_MARGIN_MS,
     "JUST_ENDED_MS": JUST_ENDED_MS,
+    "LARGE_TEXT_BYTES": LARGE_TEXT_BYTES,
     "PLACES_TTL_MS": PLACES_TTL_MS,
     "RUN_TTL_ACTIVE_MS": RUN_TTL_ACTIVE_MS,
     "RUN_TTL_AFTER_END_MS": RUN_TTL_AFTER_END_MS,
     "TEXT_TTL_AFTER_RUN_MS": TEXT_TTL_AFTER_RUN_MS,
+    "WIRE_VERSION": WIRE_VERSION,
 }
 """What the scripts know under the same names: nothing of it is written down in Lua."""
 

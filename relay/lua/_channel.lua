@@ -6,7 +6,7 @@
 --       3 most events in the log  4 their greatest age in ms  5 their greatest sum in bytes
 --       6 … the operation's own
 --
--- Times and sizes in capitals that are not defined here come from relay/keys.py: its
+-- Times, sizes and versions in capitals that are not defined here come from relay/keys.py: its
 -- SCRIPT_CONSTANTS stand before every script as locals of the same names.
 --
 -- Order of work in every operation: open the channel, check everything, then write.
@@ -16,7 +16,6 @@ local CHANNEL, LOG, TEXTS, LIVE, RUNS, THREADS, RUN =
 local BASE = string.sub(CHANNEL, 1, -8)
 local MAX_EVENTS, MAX_AGE_MS, MAX_BYTES = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 
-local WIRE_VERSION = 1
 local KIND_EVENT, KIND_TEXT = 0, 1
 local MAX_PREVIOUS = 8
 local TOUCH_MS = 60000

@@ -21,8 +21,6 @@ local after, max_bytes = tonumber(ARGV[6]), tonumber(ARGV[7])
 local PAGE_ENTRIES = 256
 -- A text becomes an event with an envelope; many short ones must not burst the page.
 local TEXT_ENVELOPE_BYTES = 384
--- More of a text is not read along: it goes to the client in parts.
-local LARGE_TEXT_BYTES = 262144
 
 local channel = open_channel()
 if channel.needs_touch then
@@ -67,6 +65,7 @@ local function read_text(name, last)
   end
   size = size - before
   local text = ''
+  -- More is not read along: it goes to the client in parts.
   if size <= LARGE_TEXT_BYTES then
     text = redis.call('GETRANGE', BASE .. 'text:' .. name, before, -1)
   end

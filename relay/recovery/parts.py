@@ -7,10 +7,11 @@ import codecs
 import orjson
 
 from relay.codec import Publication, encode_part, splice
+from relay.keys import LARGE_TEXT_BYTES
 from relay.recovery.pages import LargeText, TextMark
 
-PART_THRESHOLD_BYTES = 256 * 1024
-"""A larger event is sent in parts, other frames between them."""
+PART_THRESHOLD_BYTES = LARGE_TEXT_BYTES
+"""A larger event or text is sent in parts, other frames between them."""
 
 PART_BYTES = 64 * 1024
 
