@@ -159,9 +159,19 @@ class BatchSender:
     async def _stage(self, lane: PublishLane, batch: Batch) -> None:
         try:
             await stage_bodies(self._link, lane.user, lane.stream.claim.fence, batch)
-        except Exception as error:  # noqa: BLE001 -- the agent would wait for ever
-            self._note_failure(error)
+        except (RedisUnavailable, RedisMisconfigured) as passing:
+            self._note_failure(passing)
             await asyncio.sleep(self._outage_s)
+        except Exception as error:
+            # As with a script that fails: this run's trouble, not Redis'.
+            lane.failures += 1
+            log.exception("large events not written", run_id=lane.stream.claim.run_id)
+            if lane.failures >= MOST_FAILURES:
+                # Whoever refuses the lane ends its staging, which is this task.
+                lane.staging = None
+                self._refuse(lane, f"its large events cannot be written: {error}")
+                return
+            await asyncio.sleep(_RETRY_FIRST_S)
         else:
             batch.is_staged = True
         lane.staging = None
@@ -263,6 +273,8 @@ class BatchSender:
                 # Without a connection all agents would wait for ever: whatever it is, go on.
                 self._pipeline = None
                 self._note_failure(error)
+                # What was noted as sent must not be paired with the next connection's answers.
+                self._connection_lost(error)
                 self._wanted.set()
             finally:
                 await pipeline.aclose()

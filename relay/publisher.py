@@ -107,15 +107,16 @@ class Publisher:
 
     async def __aexit__(self, *_: object) -> None:
         self._is_closed = True
+        if self._merge_timer is not None:
+            self._merge_timer.cancel()
+        # First: each acknowledgement may make another run due.
+        await self._sender.aclose()
         if self._dispatching is not None:
             # The next runs of threads whose last run has just ended must not wait for the reaper.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LAST_DISPATCHES_S):
                     await asyncio.wait([self._dispatching])
             await end_tasks([self._dispatching])
-        if self._merge_timer is not None:
-            self._merge_timer.cancel()
-        await self._sender.aclose()
         for stream in list(self._lanes):
             stream.close()
 

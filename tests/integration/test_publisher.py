@@ -13,16 +13,22 @@ import orjson
 import pytest
 import pytest_asyncio
 import redis.asyncio
+from structlog.testing import capture_logs
 
+import relay.publisher
+from relay.batch_sender import MOST_FAILURES
+from relay.codec import Task
 from relay.columns import Columns
 from relay.errors import GrammarViolation, InvalidEvent, PublishRefused, RunEnded, StaleFence
 from relay.events import EventType
-from relay.keys import BODY_PIECE_BYTES
+from relay.keys import BODY_PIECE_BYTES, Keys
+from relay.pipeline import Pipeline
 from relay.publisher import Publisher
 from relay.recovery import Page
 from relay.run_stream import STREAM_BUFFER_BYTES, RunStream
 from relay.scripts import RedisLink
 from relay.staging import read_large_event
+from relay.tasks import dispatch
 from tests.conftest import OwnRedis
 from tests.integration.script_support import Channel, texts, types
 from tests.support.proxy import RedisProxy
@@ -327,6 +333,79 @@ async def test_scripts_that_redis_has_forgotten_are_loaded_again(
             await redis.script_flush()
         await complete(stream)
     assert await thoughts(channel) == list(range(5))
+
+
+async def test_a_run_whose_large_events_cannot_be_written_is_given_up(channel: Channel) -> None:
+    submitted = [await channel.submit() for _ in range(2)]
+    async with Publisher(channel.link, channel.all_keys) as publisher:
+        broken, stream = [publisher.open(await channel.claim(one.run_id)) for one in submitted]
+        await channel.client.set(channel.keys.upload(broken.claim.fence, 1, 0), "not a hash")
+        with capture_logs() as logs:
+            await broken.publish(EventType.AGENT_STARTED, {"model": "x" * (3 << 20)})
+            async with asyncio.timeout(10):
+                with pytest.raises(PublishRefused, match="WRONGTYPE"):
+                    await broken.flush()
+        assert publisher.is_available
+        assert publisher.last_error is None
+        await stream.publish(EventType.AGENT_STARTED, {})
+        await complete(stream)
+    assert [line["event"] for line in logs] == ["large events not written"] * MOST_FAILURES
+    assert types(await channel.read())[-1] == "agent_completed"
+
+
+async def test_a_write_that_fails_leaves_nothing_to_take_another_ones_answer(
+    channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, failing = Pipeline.write, [RuntimeError("not now")]
+
+    def fail_once(pipeline: Pipeline, data: bytes) -> None:
+        if failing:
+            raise failing.pop()
+        write(pipeline, data)
+
+    submitted = [await channel.submit() for _ in range(2)]
+    async with Publisher(channel.link, channel.all_keys) as publisher:
+        first, second = [publisher.open(await channel.claim(one.run_id)) for one in submitted]
+        monkeypatch.setattr(Pipeline, "write", fail_once)
+        await first.publish(EventType.AGENT_STARTED, {})
+        async with asyncio.timeout(10):
+            while failing:
+                await asyncio.sleep(0)
+            with capture_logs() as logs:
+                await second.publish(EventType.AGENT_STARTED, {})
+                await complete(second)
+                await complete(first)
+    assert logs == []
+    for page in await read_all(channel):
+        ended = [item.run_id for item in page.publications if b"agent_completed" in item.event]
+        assert sorted(ended) == sorted(one.run_id for one in submitted)
+
+
+async def test_a_run_that_becomes_due_while_the_publisher_closes_is_dispatched(
+    channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = Publisher(channel.link, channel.all_keys)
+    close = publisher._sender.aclose
+
+    async def close_after_the_answer() -> None:
+        await ending
+        await close()
+
+    async def dispatch_slowly(link: RedisLink, keys: Keys, task: Task) -> None:
+        await asyncio.sleep(0.05)
+        await dispatch(link, keys, task)
+
+    monkeypatch.setattr(relay.publisher, "dispatch", dispatch_slowly)
+    submitted = await channel.submit(thread_id="t")
+    async with publisher:
+        stream = publisher.open(await channel.claim(submitted.run_id))
+        await channel.submit(thread_id="t")
+        await stream.publish(EventType.AGENT_STARTED, {})
+        await stream.flush()
+        monkeypatch.setattr(publisher._sender, "aclose", close_after_the_answer)
+        ending = asyncio.create_task(complete(stream))
+    assert "next-runs" not in [task.get_name() for task in asyncio.all_tasks()]
+    assert await channel.client.xlen(channel.all_keys.tasks("docs")) == 2
 
 
 async def test_a_batch_that_cannot_be_sent_ends_its_run_alone(channel: Channel) -> None:
