@@ -681,7 +681,7 @@ const BASE_RETRY_MS = 500;
 const MAX_RETRY_MS = 20_000;
 const OPEN_TIMEOUT_MS = 10_000;
 /** A connection that lived this long was a good one: the next retry is a first one again. */
-const SETTLED_MS = 2_000;
+const SETTLED_MS = 1_000;
 const SILENT_HEARTBEATS = 2.5;
 
 /**

@@ -38,7 +38,7 @@ OPEN_TIMEOUT_S = 10.0
 
 _CLOSE_TIMEOUT_S = 1.0
 _MAX_FRAME_BYTES = 64 * 1_048_576
-_SETTLED_S = 2.0
+_SETTLED_S = 1.0
 # A gateway that missed two heartbeats and a half is gone, whatever TCP still believes.
 _SILENT_HEARTBEATS = 2.5
 

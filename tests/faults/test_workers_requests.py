@@ -37,7 +37,7 @@ from tests.integration.worker_support import Client
 from tests.support.fleet import Fleet, FleetClient, percentile
 from tests.support.stack import Stack
 
-SETTLED_S = 2.1
+SETTLED_S = 1.1
 
 
 async def outcome_of(request: Awaitable[object]) -> str:

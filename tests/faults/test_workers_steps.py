@@ -169,13 +169,16 @@ async def test_gateway_killed_within_submit(
     report(points=len(size.points))
 
 
+# Scripts have the names of events in their sources; only events have them as their type.
+STARTED, COMPLETED = b'"type":"agent_started"', b'"type":"agent_completed"'
+
 WORK_POINTS = (
     Point(SHA["claim"], carried_out=False),
     Point(SHA["claim"], carried_out=True),
-    Point(b"agent_started", carried_out=False),
-    Point(b"agent_started", carried_out=True),
-    Point(b"agent_completed", carried_out=False),
-    Point(b"agent_completed", carried_out=True),
+    Point(STARTED, carried_out=False),
+    Point(STARTED, carried_out=True),
+    Point(COMPLETED, carried_out=False),
+    Point(COMPLETED, carried_out=True),
     Point(b"XACK", carried_out=False),
     Point(b"XACK", carried_out=True),
 )
@@ -202,7 +205,7 @@ async def test_worker_killed_within_claim_and_finish(
                     proxy.freeze_at(point.command, carried_out=point.carried_out)
                     # The second run waits for the end of the first one, whoever brings it about.
                     run_ids += [
-                        await ask(tabs[0], "echo", content, thread_id=f"t{number}")
+                        await ask(tabs[0], "linger", content, thread_id=f"t{number}")
                         for content in ("first", "second")
                     ]
                     await proxy.frozen()

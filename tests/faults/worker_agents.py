@@ -55,6 +55,13 @@ async def echo(run: Run) -> str:
     return run.request.content
 
 
+@worker.agent("linger", max_attempts=3)
+async def linger(run: Run) -> str:
+    """Be done a moment later, so that beginning and end are not sent in one batch."""
+    await asyncio.sleep(0.1)
+    return run.request.content
+
+
 @worker.agent("block", stall_after_s=STALL_AFTER_MS / 1_000)
 async def block(run: Run) -> str:
     """Hold the event loop up, as no agent should."""
