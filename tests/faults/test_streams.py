@@ -105,7 +105,7 @@ async def test_joining_anywhere_gives_each_message_once_and_identical(
         report(deltas=size.deltas, text_frames_live=live, text_frames_late=late, joins=size.joins)
 
 
-@sized(small=Size(deltas=400, joins=6), full=Size(deltas=10_000, joins=50))
+@sized(small=Size(deltas=400, joins=6), full=Size(deltas=20_000, joins=50))
 async def test_two_runs_side_by_side_do_not_disturb_each_other(
     size: Size, own_redis: OwnRedis, tmp_path: Path
 ) -> None:

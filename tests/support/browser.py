@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from relay.testing import streams
 from tests.support import firefox
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from playwright.async_api import Browser, BrowserContext, Locator, Page, Playwright
+    from playwright.async_api import Browser, BrowserContext, Locator, Page, Playwright, WebSocket
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,6 +114,13 @@ async def _launch_firefox(playwright: Playwright, path: str, color_scheme: str) 
         )
 
 
+def _record(socket: WebSocket) -> None:
+    """Hand in what the browser receives on a connection: it is held to the grammar, as all is."""
+    frames: list[dict[str, Any]] = []
+    socket.on("framereceived", lambda payload: frames.append(json.loads(payload)))
+    streams.record("page", None, lambda: frames)
+
+
 class Tab:
     """The page as one user has it open, in a browser context of its own.
 
@@ -133,6 +142,7 @@ class Tab:
             ),
         )
         page.on("pageerror", lambda error: self.complaints.append(f"uncaught: {error}"))
+        page.on("websocket", _record)
 
     # --- Opening ---
 
