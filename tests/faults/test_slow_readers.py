@@ -134,7 +134,8 @@ async def test_a_reader_that_falls_below_the_floor_gets_a_reset(
                     await run.complete()
                 modem.limit(None)
                 await slow.until(lambda one: one.has_ended(load.runs[-1].run_id))
-                assert [frame["reason"] for frame in slow.resets] == ["history_trimmed"]
+                # One for each time that it fell below: it may again, before it is fast.
+                assert {frame["reason"] for frame in slow.resets} == {"history_trimmed"}
                 # What it has from then on is whole.
                 last = load.runs[-1]
                 assert slow.lifecycle(last.run_id) == last.lifecycle
