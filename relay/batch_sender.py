@@ -12,8 +12,9 @@ import structlog
 from relay.batches import Acknowledged, Batch
 from relay.cancellation import end_tasks
 from relay.errors import PublishRefused, RedisMisconfigured, RedisUnavailable, RunEnded
-from relay.pipeline import Pipeline, pack
+from relay.pipeline import Pipeline
 from relay.publish_lane import PublishLane
+from relay.resp import pack
 from relay.scripts import RedisLink
 from relay.staging import stage_bodies
 

@@ -18,12 +18,6 @@ from redis.asyncio.connection import AbstractConnection
 from relay.scripts import RedisLink, mapped_errors
 
 
-def pack(*words: str | bytes | int) -> bytes:
-    """Give a command's bytes."""
-    packed: bytes = hiredis.pack_command(words)  # type: ignore[arg-type]  # stub of one word
-    return packed
-
-
 class Pipeline(asyncio.Protocol):
     """A connection that is written to without waiting; answers come in the order of the commands.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from relay.batches import Arguments, Batch
 from relay.keys import UserKeys
-from relay.pipeline import pack
+from relay.resp import pack
 from relay.scripts import RedisLink
 
 if TYPE_CHECKING:

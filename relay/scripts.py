@@ -27,6 +27,7 @@ from relay.config import hide_password
 from relay.errors import RedisMisconfigured, RedisUnavailable, RelayError
 from relay.keys import SCRIPT_CONSTANTS, UserKeys
 from relay.redis_refusals import explain_refusal, explain_tls, hint_at_tls, is_refusal
+from relay.resp import pack
 
 OLDEST_REDIS = (6, 2)
 SCHEMES = ("redis", "rediss", "unix", "valkey", "valkeys")
@@ -239,7 +240,7 @@ class RedisLink:
         missing = [index for index, reply in enumerate(replies) if _is_unknown_script(reply)]
         if missing:
             sources = {calls[index].script.source for index in missing}
-            loads = connection.pack_commands([("SCRIPT", "LOAD", source) for source in sources])
+            loads = b"".join([pack("SCRIPT", "LOAD", source) for source in sources])
             await connection.send_packed_command(loads)
             for _ in sources:
                 await connection.read_response()
@@ -281,8 +282,8 @@ class RedisLink:
 
     async def _send(self, connection: AbstractConnection, calls: Sequence[ScriptCall]) -> list[Any]:
         instance = self.instance_of(connection)
-        commands = [self.command(call, instance) for call in calls]
-        await connection.send_packed_command(connection.pack_commands(commands))
+        commands = [pack(*self.command(call, instance)) for call in calls]
+        await connection.send_packed_command(b"".join(commands))
         replies: list[Any] = []
         for _ in calls:
             try:

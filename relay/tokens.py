@@ -5,13 +5,15 @@ A token is a signed JWT whose ``sub`` is the user. There is no other way in.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import math
 import re
 import secrets as random_source
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jwt
 import orjson
@@ -35,6 +37,7 @@ LATEST_EXPIRY_S = 253_402_300_799
 
 _FORM = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
 _MAX_CLAIM_CHARS = 256
+_MAX_KNOWN_HEADERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,13 @@ class Identity:
 def looks_like_token(text: str) -> bool:
     """Tell whether a text has the form of a JWT, valid or not."""
     return _FORM.fullmatch(text) is not None
+
+
+class _Header(NamedTuple):
+    """What a token's header says."""
+
+    algorithm: str
+    key_id: str | None
 
 
 class TokenVerifier:
@@ -99,6 +109,10 @@ class TokenVerifier:
         self._key_set = key_set
         self._issuer = issuer
         self._audience = audience
+        # An issuer's tokens have one header in common. One that has been read and checked in full,
+        # in a token whose signature was valid, need not be read and checked again. Only issuers
+        # can add to it.
+        self._known_headers: dict[str, _Header] = {}
 
     async def verify(self, token: str, now_s: float) -> Identity:
         """Give the identity that a token proves.
@@ -107,12 +121,18 @@ class TokenVerifier:
             TokenRejected: It proves nothing; the text says why and never contains the token.
             RequestRefused: ``unavailable``: the issuer's keys cannot be read.
         """
-        algorithm, key_id = _read_header(token)
-        keys = await self._find_keys(algorithm, key_id, now_s)
+        _check_form(token)
+        header_text = token.partition(".")[0]
+        known = self._known_headers.get(header_text)
+        header = known or _read_header(token)
+        keys = await self._find_keys(header.algorithm, header.key_id, now_s)
         for key in keys:
-            if algorithm in key.algorithms:
-                claims = _claims_if_signed_by(key, token)
-                if claims is not None:
+            if header.algorithm in key.algorithms:
+                payload = _signed_payload(key, token, known)
+                if payload is not None:
+                    if known is None:
+                        self._remember(header_text, header)
+                    claims = _claims_of(payload)
                     return identity_of(claims, self._issuer, self._audience, now_s)
         raise TokenRejected("The token's signature is not valid: it was signed with another key.")
 
@@ -120,6 +140,12 @@ class TokenVerifier:
         """Release what a key set may hold."""
         if self._key_set is not None:
             await self._key_set.aclose()
+
+    def _remember(self, header_text: str, header: _Header) -> None:
+        if len(self._known_headers) >= _MAX_KNOWN_HEADERS:
+            # Keys were rotated for long, or an issuer writes something new into each header.
+            self._known_headers.clear()
+        self._known_headers[header_text] = header
 
     async def _find_keys(
         self, algorithm: str, key_id: str | None, now_s: float
@@ -133,11 +159,14 @@ class TokenVerifier:
         return await self._key_set.find(key_id, now_s)
 
 
-def _read_header(token: str) -> tuple[str, str | None]:
+def _check_form(token: str) -> None:
     if len(token) > MAX_TOKEN_CHARS:
         raise TokenRejected(f"The token is longer than {MAX_TOKEN_CHARS} characters.")
     if not looks_like_token(token):
         raise TokenRejected("This is not a JSON Web Token: three base64url parts with dots.")
+
+
+def _read_header(token: str) -> _Header:
     try:
         header = jwt.get_unverified_header(token)
     except (jwt.PyJWTError, ValueError, RecursionError):
@@ -150,16 +179,46 @@ def _read_header(token: str) -> tuple[str, str | None]:
             f"The token's algorithm is not allowed. Allowed: {', '.join(sorted(allowed))}."
         )
     # The library has checked that a key id is text.
-    return algorithm, header.get("kid")
+    return _Header(algorithm, header.get("kid"))
 
 
-def _claims_if_signed_by(key: VerificationKey, token: str) -> dict[str, Any] | None:
+def _signed_payload(key: VerificationKey, token: str, known: _Header | None) -> bytes | None:
+    """Give what a token says, if this key signed it.
+
+    Args:
+        key: It may be used with the algorithm of the token's header.
+        token: It has a token's form.
+        known: Its header, where the library has accepted the same before: what is left to be
+            checked is what no other token shares.
+    """
     try:
-        payload = jwt.api_jws.decode(token, key.key, algorithms=list(key.algorithms))
+        if known is None:
+            payload: bytes = jwt.api_jws.decode(token, key.key, algorithms=list(key.algorithms))
+            return payload
+        signed, _, signature = token.encode().rpartition(b".")
+        payload = _decoded(signed.partition(b".")[2])
+        algorithm = jwt.get_algorithm_by_name(known.algorithm)
+        # The key needs no preparation: it is of this algorithm, and was checked when it was read.
+        return payload if algorithm.verify(signed, key.key, _decoded(signature)) else None
     except jwt.InvalidSignatureError:
         return None
     except (jwt.PyJWTError, ValueError, TypeError):
         raise TokenRejected("The token cannot be read.") from None
+
+
+def _decoded(segment: bytes) -> bytes:
+    """Give the bytes of a base64url text without padding, which has one form only.
+
+    Raises:
+        ValueError: It is not of that form (RFC 4648, sections 3.5 and 5).
+    """
+    decoded = base64.urlsafe_b64decode(segment + b"=" * (-len(segment) % 4))
+    if base64.urlsafe_b64encode(decoded).rstrip(b"=") != segment:
+        raise binascii.Error("not canonical")
+    return decoded
+
+
+def _claims_of(payload: bytes) -> dict[str, Any]:
     try:
         claims = orjson.loads(payload)
     except orjson.JSONDecodeError:

@@ -249,6 +249,20 @@ MUTATIONS = (
         [f"{UNIT}/relay/test_tokens.py"],
     ),
     Mutation(
+        "signature of a token whose header is known",
+        "relay/tokens.py",
+        "return payload if algorithm.verify(signed, key.key, _decoded(signature)) else None",
+        "return payload",
+        [f"{UNIT}/relay/test_tokens.py"],
+    ),
+    Mutation(
+        "one form only of a token whose header is known",
+        "relay/tokens.py",
+        'if base64.urlsafe_b64encode(decoded).rstrip(b"=") != segment:',
+        "if False:",
+        [f"{UNIT}/relay/test_tokens.py"],
+    ),
+    Mutation(
         "expiry of a token",
         "relay/tokens.py",
         "if now_s >= expires_s + LEEWAY_S:",

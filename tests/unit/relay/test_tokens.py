@@ -454,3 +454,71 @@ async def test_time_of_issue_is_kept_and_may_not_lie_in_the_future() -> None:
     await verifier.verify(early, 1_000)
     with pytest.raises(TokenRejected, match="in the future"):
         await verifier.verify(mint_token(SECRET, "alice", 600, now_s=1_001 + LEEWAY_S), 1_000)
+
+
+@st.composite
+def changed_tokens(draw: st.DrawFn) -> str:
+    """Give a token whose header may be that of a good one, with parts of any kind behind it."""
+    good_parts = sign(claims()).split(".")
+    others = st.sampled_from(
+        [*good_parts, *sign(claims(sub="bob"), "another secret: 0123456789abcdefg").split(".")]
+    )
+    text = st.text("ABab01-_", max_size=6)
+    changed = st.builds(lambda part, end: part[: len(part) - len(end)] + end, others, text)
+    parts = [draw(st.just(good_parts[0]) | others)]
+    parts += [draw(others | changed | text) for _ in range(2)]
+    return ".".join(parts)
+
+
+@given(changed_tokens())
+async def test_header_seen_before_lets_nobody_in_who_was_out(token: str) -> None:
+    acquainted, fresh = TokenVerifier([SECRET]), TokenVerifier([SECRET])
+    assert (await acquainted.verify(sign(claims()), NOW)).user_id == "alice"
+    answers = []
+    for verifier in (acquainted, fresh):
+        try:
+            answers.append((await verifier.verify(token, NOW)).user_id)
+        except TokenRejected:
+            answers.append("nobody")
+    assert answers[0] == answers[1]
+
+
+async def test_header_seen_before_needs_a_signature_of_one_of_the_secrets() -> None:
+    old, new = SECRET, "a newer secret, also long enough: 0123456789"
+    verifier = TokenVerifier([new, old])
+    await verifier.verify(sign(claims(), old), NOW)
+    for secret in (old, new):
+        assert (await verifier.verify(sign(claims(sub="bob"), secret), NOW)).user_id == "bob"
+    assert "signature" in await reason_of(verifier, sign(claims(), "x" * 40))
+
+
+async def test_token_whose_last_bits_are_changed_is_refused_though_its_header_is_known(
+    verifier: TokenVerifier,
+) -> None:
+    token = sign(claims())
+    await verifier.verify(token, NOW)
+    # 32 bytes are 43 characters; the last one has two bits that stand for nothing.
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    twin = token[:-1] + alphabet[alphabet.index(token[-1]) ^ 1]
+    assert "read" in await reason_of(verifier, twin)
+
+
+@pytest.mark.parametrize(
+    ("key", "algorithm"), [(RSA_KEY, "RS256"), (EC_KEY, "ES256"), (ED_KEY, "EdDSA")]
+)
+async def test_header_seen_before_needs_a_signature_of_the_issuers_key(
+    issuer: Issuer, key: Any, algorithm: str
+) -> None:
+    issuer.keys = [jwk(key, "k")]
+    verifier = by_key_set(issuer)
+    tokens = {user: sign(good(sub=user), key, algorithm, kid="k") for user in ("alice", "bob")}
+    for user, token in tokens.items():
+        assert (await verifier.verify(token, NOW)).user_id == user
+    forged = tokens["alice"].rpartition(".")[0] + "." + tokens["bob"].rpartition(".")[2]
+    assert "signature" in await reason_of(verifier, forged)
+
+
+async def test_issuer_may_write_something_new_into_each_header(verifier: TokenVerifier) -> None:
+    for number in range(200):
+        token = sign(claims(), serial=number)
+        assert (await verifier.verify(token, NOW)).user_id == "alice"
