@@ -139,6 +139,14 @@ class RelayHttpProtocol(H11Protocol):
             self._stop_timer()
             self._leave_lobby()
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no request; where the answer has begun or been sent, only hang up."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            # A body that turns out to be malformed after its request has been refused.
+            self.transport.close()
+
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Let the WebSocket protocol go on, also with what came behind the request."""
         self._stop_looking()

@@ -45,16 +45,19 @@ def garbage(random: Random) -> bytes:
 
 
 async def wrong_type(random: Random, client: redis.asyncio.Redis, key: str) -> None:
-    await client.delete(key)
-    match random.randrange(4):
-        case 0:
-            await client.set(key, garbage(random))
-        case 1:
-            await client.rpush(key, garbage(random))
-        case 2:
-            await client.sadd(key, garbage(random) or b"x")
-        case _:
-            await client.hset(key, garbage(random).hex(), garbage(random))
+    # In one step: gateway and worker write to the same keys meanwhile.
+    async with client.pipeline(transaction=True) as step:
+        step.delete(key)
+        match random.randrange(4):
+            case 0:
+                step.set(key, garbage(random))
+            case 1:
+                step.rpush(key, garbage(random))
+            case 2:
+                step.sadd(key, garbage(random) or b"x")
+            case _:
+                step.hset(key, garbage(random).hex(), garbage(random))
+        await step.execute()
 
 
 async def live(random: Random, client: redis.asyncio.Redis, user: UserKeys, run_id: str) -> None:
@@ -64,15 +67,18 @@ async def live(random: Random, client: redis.asyncio.Redis, user: UserKeys, run_
 async def run_hash(
     random: Random, client: redis.asyncio.Redis, user: UserKeys, run_id: str
 ) -> None:
-    names = [name.decode() for name in await client.hkeys(user.run(run_id))] or ["status"]
-    await client.hset(user.run(run_id), random.choice(names), garbage(random))
+    # What was corrupted before may be no hash any more.
+    with contextlib.suppress(redis.asyncio.ResponseError):
+        names = [name.decode() for name in await client.hkeys(user.run(run_id))] or ["status"]
+        await client.hset(user.run(run_id), random.choice(names), garbage(random))
 
 
 async def channel_hash(
     random: Random, client: redis.asyncio.Redis, user: UserKeys, run_id: str
 ) -> None:
     names = ["epoch", "offset", "floor", "tail", "bytes", "instance", "previous", "touched"]
-    await client.hset(user.channel, random.choice(names), garbage(random))
+    with contextlib.suppress(redis.asyncio.ResponseError):
+        await client.hset(user.channel, random.choice(names), garbage(random))
 
 
 async def log_entry(

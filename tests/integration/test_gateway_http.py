@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from typing import TYPE_CHECKING, Any
@@ -334,3 +335,23 @@ async def test_tokens_never_reach_the_log(
     for text in (written.out, written.err, caplog.text):
         assert secret not in text
         assert secret.split(".")[2] not in text
+
+
+async def test_body_that_is_malformed_after_the_refusal_is_hung_up_on(gateway: Gateway) -> None:
+    host, port = gateway.url.removeprefix("http://").split(":")
+    defects: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: defects.append(context))
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(
+            f"POST /v1/runs HTTP/1.1\r\nHost: {host}:{port}\r\n"
+            "Transfer-Encoding: chunked\r\n\r\n".encode()
+        )
+        async with asyncio.timeout(5):
+            head = await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"no chunk\r\n")
+            await reader.read()
+    finally:
+        writer.close()
+    assert head.startswith(b"HTTP/1.1 401 ")
+    assert defects == []
