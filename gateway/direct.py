@@ -101,6 +101,13 @@ class TickWriter:
                 continue
             frames += count
             sent_bytes += size
+        self._count(frames, sent_bytes)
+
+    def flush_now(self, transport: DirectTransport) -> None:
+        """Write what one transport has, without waiting for the end of the tick."""
+        self._count(*transport.flush())
+
+    def _count(self, frames: int, sent_bytes: int) -> None:
         self._metrics.sent_frames += frames
         self._metrics.sent_bytes += sent_bytes
 
@@ -370,7 +377,7 @@ class DirectTransport(asyncio.Protocol):
         if self._close is None:
             self._close = code, reason or _TOLD
             self._add(frame(Opcode.CLOSE, payload[:2]))
-            self.flush()
+            self._ticks.flush_now(self)
             self._receiver.ended(*self._close)
         self._hang_up()
 
@@ -423,14 +430,14 @@ class DirectTransport(asyncio.Protocol):
     def _say_close(self, code: int, reason: str) -> None:
         self._close = code, reason
         self._add(close_frame(code, reason))
-        self.flush()
+        self._ticks.flush_now(self)
         self._receiver.ended(code, reason)
 
     def _hang_up(self) -> None:
         transport = self._transport
         if transport is None:
             return
-        self.flush()
+        self._ticks.flush_now(self)
         transport.close()
         if transport.get_write_buffer_size():
             # close() waits for what the peer does not take, which may be for ever.

@@ -201,6 +201,8 @@ class FeedHub:
             # Who came and went again within one reading of the clock has put it here twice.
             if feed.linger_until_s == due_s and self._feeds.get(feed.channel) is feed:
                 del self._feeds[feed.channel]
+                # Nothing more is read for it, whatever is under way.
+                feed.lose()
                 self.subscriber.unsubscribe(feed.channel)
 
     def _receive(self, channel: bytes, payload: bytes) -> None:

@@ -5,24 +5,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import structlog
 
 from gateway.background import Background
+from gateway.complaints import Complaints
 from gateway.outage import Outage
-from gateway.user_feed import UserFeed
+from gateway.refusals import unreadable
+from gateway.user_feed import ClientSink, UserFeed
 from relay.errors import DecodingFailed, RedisMisconfigured, RedisUnavailable
 from relay.history import fetch_call, page_from, read_call
 from relay.keys import Keys
 from relay.recovery import Cursor, FetchBody, Read, Request, RequestQueue, Rotate, SharedRequest
-from relay.scripts import RedisLink, ScriptCall, ScriptFailed
+from relay.scripts import KeyTaken, RedisLink, ScriptCall, ScriptFailed
 
 READS_PER_PIPELINE = 64
 PIPELINES = 4
 
 TURN_S = 0.002
 """Answers are used for this long before the loop turns to others."""
+
+MOST_FAILURES = 3
+"""A client is told when what it waits for could not be read so often in a row."""
 
 _RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 1.0
 
@@ -67,6 +72,9 @@ class HistoryReader:
         self._requests: RequestQueue[UserFeed] = RequestQueue()
         self._wake = asyncio.Event()
         self._pipelines = asyncio.Semaphore(PIPELINES)
+        self._complaints = Complaints()
+        # How often in a row a request has failed, for those that did.
+        self._failures: dict[Request, int] = {}
 
     @property
     def waiting(self) -> int:
@@ -94,6 +102,7 @@ class HistoryReader:
         loop = asyncio.get_running_loop()
         try:
             # Whoever left meanwhile, as many do in a storm, needs no answer.
+            self._forget_failures([shared for shared in requests if not shared.is_awaited])
             requests = [shared for shared in requests if shared.is_awaited]
             if not requests:
                 return
@@ -130,15 +139,10 @@ class HistoryReader:
         feed, first = shared.owner, shared.first
         try:
             answer = self._understand(feed, first, reply)
-        except (DecodingFailed, ScriptFailed) as error:
-            log.error("history not understood", user_id=feed.user_id, error=str(error))
-            self._retry_later(shared)
+        except Exception as error:  # noqa: BLE001 -- also a defect is this user's trouble alone
+            self._fail(shared, error)
             return []
-        except Exception:
-            # A defect. Left out, whoever waits would believe for ever to be reading.
-            log.exception("history not understood", user_id=feed.user_id)
-            self._retry_later(shared)
-            return []
+        self._forget_failures([shared])
         if isinstance(first, Rotate):
             log.warning("history contradicts itself: new epoch", user_id=feed.user_id)
         return [(request, answer) for request in shared.waiting]
@@ -147,6 +151,40 @@ class HistoryReader:
         if isinstance(reply, ScriptFailed):
             raise reply
         return page_from(feed.user_id, request, reply) if isinstance(request, Read) else reply
+
+    def _fail(self, shared: SharedRequest[UserFeed], error: Exception) -> None:
+        """Read again later; whoever has waited in vain is told, and may come back."""
+        feed = shared.owner
+        if self._complaints.is_due(feed.user_id, asyncio.get_running_loop().time()):
+            is_known = isinstance(error, DecodingFailed | ScriptFailed)
+            log.error(
+                "history not understood",
+                user_id=feed.user_id,
+                error=str(error),
+                exc_info=None if is_known else error,
+            )
+        for request in shared.waiting:
+            failures = self._failures.get(request, 0) + 1
+            self._failures[request] = failures
+            # What stands at a key stays there until somebody does something about it.
+            is_hopeless = isinstance(error, KeyTaken) or failures >= MOST_FAILURES
+            if is_hopeless and request.is_awaited:
+                self._send_away(feed, request)
+        self._retry_later(shared)
+
+    def _forget_failures(self, answered: Sequence[SharedRequest[UserFeed]]) -> None:
+        if self._failures:
+            for shared in answered:
+                for request in shared.waiting:
+                    self._failures.pop(request, None)
+
+    def _send_away(self, feed: UserFeed, request: Request) -> None:
+        for cursor in _cursors_of(feed, request):
+            try:
+                cast("ClientSink", cursor.sink).refuse(unreadable())
+            except Exception as error:  # noqa: BLE001 -- one broken connection, not all
+                feed.give_up(cursor, error)
+        self._perform(feed)
 
     def _answer(self, feed: UserFeed, request: Request, answer: Any) -> None:
         cursor = request.cursor if isinstance(request, FetchBody) else None
@@ -180,6 +218,8 @@ class HistoryReader:
         """Ask once more, unless nobody waits for it by now."""
         if request.is_awaited:
             self.ask(feed, request)
+        else:
+            self._failures.pop(request, None)
 
     async def _persist(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
         """Read until Redis answers: to the machine, a read may take long, but never fails."""
@@ -195,3 +235,13 @@ class HistoryReader:
                 if self._is_subscribed():
                     self._outage.end()
                 return answer
+
+
+def _cursors_of(feed: UserFeed, request: Request) -> Sequence[Cursor]:
+    """Give the connections that wait for an answer: one, or all of the feed."""
+    reader: object = None
+    if isinstance(request, FetchBody):
+        reader = request.cursor
+    elif isinstance(request, Read):
+        reader = request.requester
+    return (reader,) if isinstance(reader, Cursor) else feed.cursors

@@ -13,6 +13,7 @@ from relay.errors import (
     RequestRefused,
     TokenRejected,
 )
+from relay.scripts import KeyTaken
 
 UNAVAILABLE_RETRY_MS = 2_000
 LIMIT_RETRY_MS = 5_000
@@ -36,11 +37,26 @@ def refusal_of(error: Exception) -> RequestRefused:
         case RedisMisconfigured():
             log.error("redis refuses this gateway", error=str(error))
             return RequestRefused("unavailable", retry_after_ms=UNAVAILABLE_RETRY_MS)
+        case KeyTaken():
+            log.error("request failed", error=str(error))
+            return unreadable()
         case RelayError():
             log.error("request failed", error=str(error), exc_info=error)
         case _:
             log.error("request failed", error=type(error).__name__, exc_info=error)
     return RequestRefused("internal")
+
+
+def unreadable() -> RequestRefused:
+    """Give what a user is told whose keys in Redis hold something else than our data."""
+    return RequestRefused(
+        "internal",
+        "What is stored for you cannot be read, so nothing can be delivered.",
+        suggestions=(
+            "Give your operator the time of this message: the log of the gateway names the cause.",
+            "Try again when it has been repaired.",
+        ),
+    )
 
 
 def retry_after_s(refused: RequestRefused) -> int | None:

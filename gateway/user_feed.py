@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from relay.errors import RequestRefused
 from relay.recovery import Feed, Sink
 
 
@@ -15,6 +16,9 @@ class ClientSink(Sink, Protocol):
 
     def fail(self) -> None:
         """Close the connection, which could not be written to; the client may resume."""
+
+    def refuse(self, error: RequestRefused) -> None:
+        """Tell the client why it cannot be served, and close the connection."""
 
 
 class UserFeed(Feed):

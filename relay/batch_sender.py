@@ -12,10 +12,11 @@ import structlog
 from relay.batches import Acknowledged, Batch
 from relay.cancellation import end_tasks
 from relay.errors import PublishRefused, RedisMisconfigured, RedisUnavailable, RunEnded
+from relay.key_probes import is_wrong_type
 from relay.pipeline import Pipeline
 from relay.publish_lane import PublishLane
 from relay.resp import pack
-from relay.scripts import RedisLink
+from relay.scripts import RedisLink, ScriptFailed
 from relay.staging import stage_bodies
 
 MOST_FAILURES = 5
@@ -241,6 +242,9 @@ class BatchSender:
                 self._give_up(error)
             elif lane.is_open:
                 # A script failed for one run; the others must not suffer from it.
+                if isinstance(error, ScriptFailed) and is_wrong_type(str(error)):
+                    lane.staging = self._start(self._refuse_for_key(lane, error), "publisher-key")
+                    return
                 lane.failures += 1
                 run_id = lane.stream.claim.run_id
                 log.error("publish failed", run_id=run_id, error=str(error))
@@ -249,6 +253,17 @@ class BatchSender:
                     return
         if lane is not None:
             self._try_again(lane)
+
+    async def _refuse_for_key(self, lane: PublishLane, error: ScriptFailed) -> None:
+        """Give up a run that somebody's key stands in the way of: trying again does not help."""
+        claim = lane.stream.claim
+        keys = self._link.call("publish", lane.user, claim.run_id).keys
+        located = await self._link.locate(keys, error)
+        self.last_error = str(located)
+        log.error("publish failed", run_id=claim.run_id, error=str(located))
+        # Whoever refuses the lane ends its staging, which is this task.
+        lane.staging = None
+        self._refuse(lane, str(located))
 
     # --- the connection ---
 

@@ -23,6 +23,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from relay import key_probes
 from relay.config import hide_password
 from relay.errors import RedisMisconfigured, RedisUnavailable, RelayError
 from relay.keys import SCRIPT_CONSTANTS, UserKeys
@@ -66,6 +67,10 @@ _REFUSALS = (redis_errors.AuthenticationError, redis_errors.NoPermissionError)
 
 class ScriptFailed(RelayError):
     """A script answered with an error that retrying will not cure. This is a defect."""
+
+
+class KeyTaken(ScriptFailed):
+    """A key holds something else than the relay's data. The text names it and what to do."""
 
 
 class Script(NamedTuple):
@@ -215,11 +220,19 @@ class RedisLink:
         """Send script calls in one pipeline; one that fails does not hide the others' answers.
 
         Returns:
-            For each call its answer, or the ``ScriptFailed`` that it ended with.
+            For each call its answer, or the ``ScriptFailed`` that it ended with; ``KeyTaken``
+            where a key holds something else.
 
         Raises:
             RedisUnavailable, RedisMisconfigured: As for ``run``.
         """
+        replies = await self._run_each(calls)
+        for index, reply in enumerate(replies):
+            if isinstance(reply, ScriptFailed):
+                replies[index] = await self.locate(calls[index].keys, reply)
+        return replies
+
+    async def _run_each(self, calls: Sequence[ScriptCall]) -> list[Any]:
         with mapped_errors(self.url):
             connection: AbstractConnection = await self.pool.get_connection()  # type: ignore[no-untyped-call]
         try:
@@ -265,6 +278,48 @@ class RedisLink:
                 raise reply
         except ScriptFailed as error:
             return error
+
+    async def locate(self, keys: Sequence[str], error: ScriptFailed) -> ScriptFailed:
+        """Find the key that a script on these keys stumbled over.
+
+        Args:
+            keys: Those of the call, all of one user.
+            error: What the script ended with.
+
+        Returns:
+            ``KeyTaken`` if a key is of the wrong type, otherwise the error as it was.
+        """
+        if not key_probes.is_wrong_type(str(error)):
+            return error
+        try:
+            found = await self._find_misfit(key_probes.probes(keys))
+            if found is None:
+                listings = key_probes.list_members(keys)
+                members = await self._ask(listings)
+                names: list[str] = []
+                for (_, set_key, *_), listed in zip(listings, members, strict=True):
+                    names += key_probes.member_keys(set_key, listed)
+                found = await self._find_misfit(key_probes.probes(names))
+        except RelayError:
+            # Redis has gone meanwhile. What it said before is still so.
+            return error
+        if found is None:
+            return KeyTaken(key_probes.explain_unknown(keys))
+        return KeyTaken(key_probes.explain(found))
+
+    async def _find_misfit(self, probes: Sequence[key_probes.Probe]) -> key_probes.Probe | None:
+        answers = await self._ask([probe.command for probe in probes])
+        for probe, answer in zip(probes, answers, strict=True):
+            if isinstance(answer, Exception) and key_probes.is_wrong_type(str(answer)):
+                return probe
+        return None
+
+    async def _ask(self, commands: Sequence[tuple[str, ...]]) -> list[Any]:
+        with mapped_errors(self.url):
+            pipeline = self.client.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command)
+            return list(await pipeline.execute(raise_on_error=False))
 
     def instance_of(self, connection: AbstractConnection) -> str:
         """Give the identity of the server that a connection leads to."""

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 import pytest
 import pytest_asyncio
+import redis.asyncio
 import structlog
 
 from agent_worker import (
@@ -37,6 +38,7 @@ from relay.events import EventType
 from relay.inputs import InputAnswer
 from relay.keys import Keys
 from relay.reaper import Reaper
+from relay.scripts import KeyTaken
 from tests.bridge.support import essence, texts_of
 from tests.integration.worker_support import Client, eventually, worker_settings
 
@@ -568,3 +570,30 @@ async def test_event_type_of_the_start_is_there_before_the_block(
 ) -> None:
     async with bridge.run(**opening()) as run:
         await client.has_event(run.run_id, EventType.AGENT_STARTED)
+
+
+async def test_key_of_somebody_else_is_named_to_whoever_publishes(
+    bridge: AgentWebSocketBridge, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    user = Keys(key_prefix).user("alice")
+
+    async def publish_in_vain() -> None:
+        async with bridge.run(**opening()) as run:
+            await run.thinking("before")
+            await run._stream.flush()
+            await redis.delete(user.log)
+            await redis.set(user.log, "of somebody else")
+            await run.thinking("in vain")
+            await run._stream.flush()
+
+    with pytest.raises(PublishRefused, match="holds no stream"):
+        await publish_in_vain()
+    assert user.log in (bridge.health().last_error or "")
+    with pytest.raises(KeyTaken, match="rename or delete the key"):
+        async with bridge.run(**opening()):
+            pass
+    with pytest.raises(KeyTaken, match="holds no stream"):
+        await bridge.emitter("alice").notify("info", "Hello", "you")
+    async with bridge.run(**opening(user_id="bob")) as other:
+        other.result = "as ever"
+    assert bridge.state is BridgeState.ACTIVE

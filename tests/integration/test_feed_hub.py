@@ -17,6 +17,7 @@ from gateway import feed, history_reader, outage, position_check
 from gateway.feed import Attachment, FeedHub
 from gateway.user_feed import UserFeed
 from relay.codec import Position
+from relay.errors import RequestRefused
 from relay.events import EventType
 from relay.history import page_from
 from relay.keys import BODY_THRESHOLD_BYTES, Keys
@@ -65,6 +66,11 @@ class Tab:
 
     def fail(self) -> None:
         self._add(type="closed")
+
+    def refuse(self, error: RequestRefused) -> None:
+        self._add(type="error", code=error.code)
+        if self.attachment is not None:
+            self.attachment.close()
 
     def _add(self, **frame: Any) -> None:
         self.frames.append(frame)
@@ -274,8 +280,47 @@ async def test_one_users_broken_key_holds_up_nobody_else(
     await run.end(EventType.AGENT_ERROR)
     await tab.until_type("agent_error")
     assert not hub.is_degraded
+    await stuck.until_type("error")
     await redis.delete(broken)
-    await stuck.until_type("connection_established")
+    again = Tab("mallory")
+    again.attachment = hub.attach("mallory", "active", again)
+    await again.until_type("connection_established")
+
+
+async def test_a_history_that_nobody_waits_for_is_read_no_more(
+    hub: FeedHub, redis: redis.asyncio.Redis, key_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "LINGER_S", 0.05)
+    monkeypatch.setattr(history_reader, "_RETRY_MOST_S", 0.02)
+    await redis.set(Keys(key_prefix).user("mallory").channel, "not a hash")
+    tab = Tab("mallory")
+    tab.attachment = hub.attach("mallory", "active", tab)
+    await tab.until_type("error")
+    async with asyncio.timeout(DEADLINE_S):
+        while hub.feed_count or hub.reader._background._timers or hub.reader._failures:
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("count", [1, 100])
+async def test_a_client_is_told_when_its_history_cannot_be_read_again_and_again(
+    hub: FeedHub, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = count
+
+    def fail_at_first(user_id: str, read: Any, reply: Any) -> Any:
+        nonlocal failing
+        if read.is_header_only and failing:
+            failing -= 1
+            raise RuntimeError("defect")
+        return page_from(user_id, read, reply)
+
+    monkeypatch.setattr(history_reader, "page_from", fail_at_first)
+    monkeypatch.setattr(history_reader, "_RETRY_MOST_S", 0.02)
+    tab = Tab()
+    tab.attachment = hub.attach("alice", "active", tab)
+    await tab.until(lambda tab: bool(tab.frames))
+    expected = "connection_established" if count == 1 else "error"
+    assert tab.types() == [expected]
 
 
 async def test_a_defect_at_one_users_history_holds_up_nobody_else(

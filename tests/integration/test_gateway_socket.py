@@ -35,7 +35,7 @@ from tests.integration.gateway_support import (
 from tests.unit.gateway.test_wire import sent
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 
 @pytest.fixture
@@ -397,3 +397,43 @@ async def test_connection_that_fails_in_a_tick_takes_none_with_it() -> None:
                 pass
         assert broken.told[-1] == "gone"
         assert whole.told == []
+
+
+async def test_close_frames_that_do_not_wait_for_the_tick_are_counted() -> None:
+    loop = asyncio.get_running_loop()
+    metrics = GatewayMetrics()
+    ticks = direct.TickWriter(metrics)
+    seen_bytes = 0
+
+    async def end(way: Callable[[direct.DirectTransport, sockets.socket], object]) -> bytes:
+        near, far = sockets.socketpair()
+        far.setblocking(False)
+        socket, _ = await loop.create_connection(asyncio.Protocol, sock=near)
+        transport = direct.DirectTransport(
+            socket, Listening(), ticks, set(), max_bytes=1_000, budget_bytes=1_000
+        )
+        transport.begin(b"", is_clogged=False)
+        transport.release()
+        received = b""
+        try:
+            way(transport, far)
+            async with asyncio.timeout(5):
+                while data := await loop.sock_recv(far, 1_000):
+                    received += data
+        finally:
+            socket.abort()
+            far.close()
+        return received
+
+    ways: list[Callable[[direct.DirectTransport, sockets.socket], object]] = [
+        lambda transport, far: transport.force_close(1012, "the end"),
+        lambda transport, far: transport.shutdown(),
+        # The peer's own close, and a frame that is not masked.
+        lambda transport, far: far.send(b"\x88\x82\0\0\0\0\x03\xe8"),
+        lambda transport, far: far.send(b"\x81\x02{}"),
+    ]
+    for frames, way in enumerate(ways, start=1):
+        received = await end(way)
+        assert received.startswith(b"\x88"), "a close frame alone"
+        seen_bytes += len(received)
+        assert (metrics.sent_frames, metrics.sent_bytes) == (frames, seen_bytes)
