@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks import guard
 from benchmarks.figures import Section
 from benchmarks.measures import (
+    bridge,
     encoding,
     example_run,
     first_event,
@@ -20,6 +21,7 @@ from benchmarks.measures import (
     profile,
     publish_cost,
     rates,
+    reconnect,
     resume_storm,
     stalls,
     sustained,
@@ -46,6 +48,8 @@ MEASURES: dict[str, Callable[[Plan], Section]] = {
         first_event,
         example_run,
         sustained,
+        bridge,
+        reconnect,
         rates,
         memory,
         resume_storm,

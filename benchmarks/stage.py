@@ -124,6 +124,13 @@ class Stage:
         command = [sys.executable, "-m", "benchmarks.large_results", server.url, str(user)]
         return self._start("rest", lambda: Process("large results", command, pipes=True))
 
+    def bridge(self, server: RedisProcess, *arguments: Any) -> Process:
+        """Start a process that publishes through the bridge; it answers ``go`` when it is done."""
+        command = [sys.executable, "-m", "benchmarks.bridging", server.url]
+        return self._start(
+            "rest", lambda: Process("bridge", [*command, *map(str, arguments)], pipes=True)
+        )
+
     def publisher(self, server: RedisProcess, *arguments: Any) -> Process:
         """Start the publishing process; it answers ``go`` with what it has measured."""
         command = [sys.executable, "-m", "benchmarks.publishing", server.url]

@@ -70,6 +70,20 @@ def test_quick_run_writes_results(tmp_path: Path) -> None:
     assert "met: p99 to `agent_queued`, one at a time" in text
 
 
+def test_bounds_of_the_bridge_and_of_a_reconnect_are_measured() -> None:
+    done = run_module("benchmarks", "--quick", "--only=bridge", "--only=reconnect")
+    assert done.returncode == 0, done.stderr
+    for expected in (
+        "longest from publish to client: ",
+        "longest run: ",
+        "time for each event (100 a second): ",
+        "longest until back: ",
+        "longest until complete: ",
+    ):
+        # Whether a bound is met is for `make bench` to say.
+        assert f"met: {expected}" in done.stdout.replace("NOT MET", "met")
+
+
 def test_the_heavy_measurements_run_to_their_end() -> None:
     done = run_module("benchmarks", "--quick", "--only=storm", "--only=stalls", "--only=memory")
     assert done.returncode == 0, done.stderr
