@@ -81,18 +81,25 @@ class Script(NamedTuple):
     sha: str
 
 
+_CONSTANT = re.compile(rb"\b(?:%s)\b" % "|".join(SCRIPT_CONSTANTS).encode())
+
+
+def _value_of(name: re.Match[bytes]) -> bytes:
+    return b"%d" % SCRIPT_CONSTANTS[name[0].decode()]
+
+
 def load_scripts() -> dict[str, Script]:
     """Read the Lua files of this package.
 
-    Each operation begins with the constants of ``relay.keys``, then the shared parts.
+    The shared parts of an operation stand before it. Names of constants of ``relay.keys`` are
+    replaced by their values: locals of a script, and above all those that its functions share,
+    cost with each call.
     """
     folder = resources.files("relay") / "lua"
-    constants = f"local {', '.join(SCRIPT_CONSTANTS)} = "
-    constants += ", ".join(str(value) for value in SCRIPT_CONSTANTS.values())
     scripts = {}
     for name, parts in _PARTS.items():
         files = [(folder / f"{part}.lua").read_bytes() for part in parts]
-        source = b"\n".join([constants.encode(), *files])
+        source = _CONSTANT.sub(_value_of, b"\n".join(files))
         sha = hashlib.sha1(source, usedforsecurity=False).hexdigest()
         scripts[name] = Script(name, source, sha)
     return scripts

@@ -6,8 +6,8 @@
 --       3 most events in the log  4 their greatest age in ms  5 their greatest sum in bytes
 --       6 … the operation's own
 --
--- Times, sizes and versions in capitals that are not defined here come from relay/keys.py: its
--- SCRIPT_CONSTANTS stand before every script as locals of the same names.
+-- Times, sizes and versions in capitals that are not defined here come from relay/keys.py: the values
+-- of its SCRIPT_CONSTANTS are put in their place when the scripts are loaded.
 --
 -- Order of work in every operation: open the channel, check everything, then write.
 
@@ -21,15 +21,17 @@ local MAX_PREVIOUS = 8
 local TOUCH_MS = 60000
 
 -- All of this is run anew with each call: helpers of what is rare stand within the rare functions,
--- where they cost nothing until then. Numbers are given to Redis as they are: it writes them with
--- all their digits.
-local call = redis.call
+-- where they cost nothing until then. Numbers may be given to Redis as they are: it writes them with
+-- all their digits, by way of floating point, which costs as much as a short command. What every
+-- publish writes is therefore turned into text here, once each.
+local call, format = redis.call, string.format
 local clock = call('TIME')
 local NOW = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local NOW_TEXT = clock[1] .. format('%03d', clock[2] / 1000)
 
 -- Lua writes large numbers with an exponent; our replies need plain digits.
 local function int(number)
-  return string.format('%.0f', number)
+  return format('%.0f', number)
 end
 
 local function server_instance()

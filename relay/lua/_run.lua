@@ -50,8 +50,8 @@ local function apply_events(channel, batch, run_id, progress, from, to, staged)
     local kind, name, id, value = ARGV[index], ARGV[index + 1], ARGV[index + 2], ARGV[index + 3]
     local event, extra = ARGV[index + 4], ARGV[index + 5]
     if kind == '1' then
-      local offset = append(channel, batch, KIND_TEXT, 0, run_id, event)
-      append_text(progress, run_id, offset, id, value, tonumber(extra))
+      append(channel, batch, KIND_TEXT, 0, run_id, event)
+      append_text(progress, run_id, channel.offset_text, id, value, tonumber(extra))
     elseif kind == '2' then
       append(channel, batch, 2, 0, run_id, event)
     else
@@ -98,6 +98,7 @@ local function apply_events(channel, batch, run_id, progress, from, to, staged)
   if progress.status ~= old_status then
     changes.status = progress.status
   end
+  progress.seq_text = format('%d', progress.seq)
   return progress
 end
 
@@ -105,10 +106,11 @@ end
 local function save_run(progress, ...)
   local changes = progress.changes
   if progress.last_event and not next(changes) then
-    call('HSET', RUN, 'seq', progress.seq, 'updated_ms', NOW, 'last_event', progress.last_event, ...)
+    call('HSET', RUN, 'seq', progress.seq_text, 'updated_ms', NOW_TEXT,
+      'last_event', progress.last_event, ...)
     return
   end
-  local fields = {'seq', progress.seq, 'updated_ms', NOW, ...}
+  local fields = {'seq', progress.seq_text, 'updated_ms', NOW_TEXT, ...}
   changes.last_event = progress.last_event
   for name, value in pairs(changes) do
     fields[#fields + 1] = name

@@ -58,11 +58,12 @@ for index = 11, #ARGV, 6 do
   end
 end
 
-local first = int(channel.offset + 1)
+local before = channel.offset
 local batch = new_batch()
 local progress = {status = run[1], seq = tonumber(run[3]), attempt = run[6]}
 apply_events(channel, batch, run_id, progress, 11, #ARGV, staged)
-local last, seq = int(channel.offset), int(progress.seq)
+local last, seq = channel.offset_text or int(before), progress.seq_text
+local first = channel.offset == before + 1 and last or int(before + 1)
 save_run(progress, 'batch', ARGV[8],
   'answer', channel.epoch .. ' ' .. first .. ' ' .. last .. ' ' .. seq)
 local next_run, next_agent = '', ''

@@ -17,7 +17,7 @@ from gateway.app import Gateway, running_gateway
 from relay.codec import Task, decode_live, decode_task, encode_task
 from relay.columns import Columns
 from relay.config import Settings
-from relay.keys import Keys
+from relay.keys import WIRE_VERSION, Keys
 from relay.orphans import sweep_orphans
 from relay.publisher import Publisher
 from relay.scripts import RedisLink, Script
@@ -57,7 +57,7 @@ def of_a_newer_release(scripts: dict[str, Script], version: int) -> dict[str, Sc
         source = script.source
         for made in (
             b"live_message(channel, batch)",
-            b"cmsgpack.pack({WIRE_VERSION, channel.epoch, {}})",
+            b"cmsgpack.pack({%d, channel.epoch, {}})" % WIRE_VERSION,
         ):
             source = source.replace(b"LIVE, " + made, b"LIVE, newer(" + made + b")")
         source = NEWER % version + source

@@ -11,12 +11,12 @@ from relay.scripts import load_scripts
 LUA = resources.files("relay") / "lua"
 
 
-def test_every_script_begins_with_the_constants_of_keys() -> None:
-    for script in load_scripts().values():
-        names, values = re.match(rb"local ([A-Z_, ]+) = ([\d, ]+)\n", script.source).groups()  # type: ignore[union-attr]
-        known = dict(zip(names.decode().split(", "), map(int, values.split(b", ")), strict=True))
-        assert known == {name: getattr(keys, name) for name in known}
-        assert known
+def test_the_values_of_keys_stand_where_scripts_name_them() -> None:
+    names = re.compile(rb"\b(?:%s)\b" % "|".join(keys.SCRIPT_CONSTANTS).encode())
+    sources = {name: script.source for name, script in load_scripts().items()}
+    assert not [name for name, source in sources.items() if names.search(source)]
+    assert b"call('PEXPIRE', RUNS, %d)" % keys.RUN_TTL_ACTIVE_MS in sources["publish"]
+    assert {name: getattr(keys, name) for name in keys.SCRIPT_CONSTANTS} == keys.SCRIPT_CONSTANTS
 
 
 def test_no_script_writes_down_what_keys_says() -> None:
