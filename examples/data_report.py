@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from data_statistics import (
         Correlation,
@@ -76,6 +76,11 @@ def format_number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def format_year(value: float) -> str:
+    """Give a year, or a mean of years: its thousands are not set apart."""
+    return str(int(value)) if float(value).is_integer() else f"{value:.1f}"
+
+
 def mentioned_columns(question: str, names: Sequence[str]) -> list[str]:
     """Give the columns that a question names, in their order, however they are spelled."""
     words = f" {_normalize(question)} "
@@ -93,7 +98,7 @@ def compose_report(findings: Findings) -> str:
         parts.extend(("### Correlations", _correlation_table(findings)))
     listed = [found for found in findings.outliers if found.values]
     if listed:
-        parts.extend(("### Outliers", _outlier_list(listed)))
+        parts.extend(("### Outliers", _outlier_list(findings, listed)))
     parts.extend(("### How this was computed", _method(findings)))
     return "\n\n".join(parts) + "\n"
 
@@ -133,9 +138,10 @@ def _headlines(findings: Findings) -> list[str]:
     with_outliers = [found for found in findings.outliers if found.values]
     if with_outliers:
         most = max(with_outliers, key=lambda found: len(found.values))
+        row, farthest = most.values[0]
         lines.append(
             f"- {_count(len(most.values), 'outlier')} in **{_cell(most.name)}**, "
-            f"the farthest {format_number(most.values[0][1])} in row {most.values[0][0]}."
+            f"the farthest {_format_of(findings, most.name)(farthest)} in row {row}."
         )
     if not findings.numbers:
         lines.append("- No column is numeric, so there is nothing to correlate or resample.")
@@ -152,15 +158,14 @@ def _number_table(findings: Findings) -> str:
     rows = []
     for summary in findings.numbers:
         interval = intervals.get(summary.name)
+        form = _format_of(findings, summary.name)
         rows.append(
             (
                 _cell(summary.name),
                 f"{summary.count:,}",
                 f"{summary.missing:,}",
-                format_number(summary.mean),
-                f"{format_number(interval.low)} to {format_number(interval.high)}"
-                if interval
-                else "",
+                form(summary.mean),
+                f"{form(interval.low)} to {form(interval.high)}" if interval else "",
                 "" if summary.stdev is None else format_number(summary.stdev),
             )
         )
@@ -170,21 +175,31 @@ def _number_table(findings: Findings) -> str:
 
 def _spread_table(findings: Findings) -> str:
     counts = {found.name: str(len(found.values)) for found in findings.outliers}
-    rows = [
-        (
-            _cell(summary.name),
-            format_number(summary.minimum),
-            format_number(summary.lower_quartile),
-            format_number(summary.median),
-            format_number(summary.upper_quartile),
-            format_number(summary.maximum),
-            f"{summary.distinct:,}",
-            counts.get(summary.name, ""),
+    rows = []
+    for summary in findings.numbers:
+        spread = (
+            summary.minimum,
+            summary.lower_quartile,
+            summary.median,
+            summary.upper_quartile,
+            summary.maximum,
         )
-        for summary in findings.numbers
-    ]
+        rows.append(
+            (
+                _cell(summary.name),
+                *map(_format_of(findings, summary.name), spread),
+                f"{summary.distinct:,}",
+                counts.get(summary.name, ""),
+            )
+        )
     header = ("Column", "Min", "Q1", "Median", "Q3", "Max", "Distinct", "Outliers")
     return _markdown_table(header, rows)
+
+
+def _format_of(findings: Findings, name: str) -> Callable[[float], str]:
+    """Give how the values of a column are written."""
+    is_year = any(summary.is_year for summary in findings.numbers if summary.name == name)
+    return format_year if is_year else format_number
 
 
 def _text_table(texts: Sequence[TextSummary]) -> str:
@@ -232,16 +247,17 @@ def _ranked_correlations(findings: Findings) -> list[Correlation]:
     )
 
 
-def _outlier_list(outliers: Sequence[Outliers]) -> str:
+def _outlier_list(findings: Findings, outliers: Sequence[Outliers]) -> str:
     lines = []
     for found in outliers:
+        form = _format_of(findings, found.name)
         shown = ", ".join(
-            f"{format_number(value)} (row {row})" for row, value in found.values[:MAX_OUTLIERS]
+            f"{form(value)} (row {row})" for row, value in found.values[:MAX_OUTLIERS]
         )
         more = len(found.values) - MAX_OUTLIERS
         lines.append(
-            f"- **{_cell(found.name)}**, outside {format_number(found.lower_fence)} to "
-            f"{format_number(found.upper_fence)}: {shown}{f', and {more} more' if more > 0 else ''}"
+            f"- **{_cell(found.name)}**, outside {form(found.lower_fence)} to "
+            f"{form(found.upper_fence)}: {shown}{f', and {more} more' if more > 0 else ''}"
         )
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -19,10 +20,19 @@ TUKEY_FACTOR = 1.5
 MIN_OUTLIER_VALUES = 5
 MIN_PAIRS = 3
 
+YEARS_IF_NAMED = (1000, 2999)
+YEARS_UNNAMED = (1900, 2100)
+_YEAR = re.compile(r"(?<![^\W_])(year|yr|jahr|anno|année|año)s?(?![^\W_])", re.IGNORECASE)
+
 
 @dataclass(frozen=True, slots=True)
 class NumberSummary:
-    """A numeric column. ``stdev`` is that of a sample, None for a single value."""
+    """A numeric column.
+
+    Attributes:
+        stdev: That of a sample, None for a single value.
+        is_year: Whether its values are years, and not quantities.
+    """
 
     name: str
     count: int
@@ -35,6 +45,7 @@ class NumberSummary:
     median: float
     upper_quartile: float
     maximum: float
+    is_year: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +146,21 @@ def summarize_numbers(column: Column) -> NumberSummary:
         median=quantile(ordered, 0.5),
         upper_quartile=quantile(ordered, 0.75),
         maximum=ordered[-1],
+        is_year=holds_years(column.name, ordered),
     )
+
+
+def holds_years(name: str, ordered: Sequence[float]) -> bool:
+    """Say whether sorted values are years: by the column's name, or because nothing else is likely.
+
+    Args:
+        name: The column's.
+        ordered: At least one value, in rising order.
+    """
+    if not all(value.is_integer() for value in map(float, ordered)):
+        return False
+    first, last = YEARS_IF_NAMED if _YEAR.search(name) else YEARS_UNNAMED
+    return first <= ordered[0] and ordered[-1] <= last
 
 
 def summarize_text(column: Column, top_count: int = 3) -> TextSummary:

@@ -14,6 +14,7 @@ from data_statistics import (
     Bootstrap,
     correlations,
     find_outliers,
+    holds_years,
     summarize_numbers,
     summarize_text,
 )
@@ -53,6 +54,33 @@ def test_the_report_states_what_was_computed() -> None:
     assert "1 outlier in **a**, the farthest 100 in row 10." in text
     assert "| kind | text | 10 | 0 | 3 | y (5), x (4), z (1) |" in text
     assert "20 resamples of each column, seed 1" in text
+
+
+def test_years_are_written_as_years_and_quantities_as_quantities() -> None:
+    rows = "\n".join(f"{2019 + number % 5},{2019 + number},{4000 + number}" for number in range(9))
+    text = report(f"year,sold,price\n{rows}\n1850,2020,9000\n")
+    [mean, spread] = [line for line in text.splitlines() if line.startswith("| year |")]
+    assert "2,0" not in mean + spread
+    assert spread.startswith("| year | 1850 | 2019.2 | 2020.5 | 2021.8 | 2023 |")
+    assert "outside 2015.5 to 2025.5: 1850 (row 10)" in text
+    assert "| sold | 2019 |" in text
+    assert "| price | 4,000 |" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "is_year"),
+    [
+        ("birth_year", [1066.0, 2024.0], True),
+        ("Years", [1999.0], True),
+        ("season", [1990.0, 2024.0], True),
+        ("weight", [1066.0, 2024.0], False),
+        ("yearly_cost", [1500.0, 2500.0], False),
+        ("year", [1999.5, 2000.0], False),
+        ("years", [3.0, 2000.0], False),
+    ],
+)
+def test_years_are_known_by_name_or_by_range(name: str, values: list[float], is_year: bool) -> None:
+    assert holds_years(name, values) is is_year
 
 
 def test_pairs_that_the_question_names_come_first() -> None:
