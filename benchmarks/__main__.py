@@ -7,11 +7,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import guard
-from benchmarks.figures import Section
 from benchmarks.measures import (
     bridge,
     encoding,
@@ -28,12 +26,8 @@ from benchmarks.measures import (
     throughput,
     worker_memory,
 )
-from benchmarks.processes import (
-    BenchmarkFailed,
-    Placement,
-    raise_file_limit,
-    stop_in_order_on_sigterm,
-)
+from benchmarks.measuring import Measure, exit_status, measure_all
+from benchmarks.processes import Placement, raise_file_limit, stop_in_order_on_sigterm
 from benchmarks.report import FAULT_ROUNDS, kept_section, render
 from benchmarks.stage import Plan
 
@@ -41,7 +35,7 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 FILES_NEEDED = 12_000
 """Ten thousand connections in one process, or five thousand with as many to Redis."""
 
-MEASURES: dict[str, Callable[[Plan], Section]] = {
+MEASURES: dict[str, Measure] = {
     module.NAME: module.measure
     for module in (
         throughput,
@@ -68,19 +62,13 @@ def main() -> int:
     if limit < FILES_NEEDED and not options.quick:
         _say(f"only {limit} open files are permitted here; {FILES_NEEDED} may be needed")
     load_before, began_s = os.getloadavg()[0], time.monotonic()
-    names = options.only or list(MEASURES)
-    sections: list[Section] = []
+    chosen = {name: MEASURES[name] for name in options.only or MEASURES}
+    if options.profile is not None:
+        options.profile.mkdir(parents=True, exist_ok=True)
+        chosen[profile.NAME] = profile.measure
     with tempfile.TemporaryDirectory(prefix="agent-relay-bench-") as folder:
         plan = Plan(options.quick, Path(folder), Placement(), _say, options.profile)
-        try:
-            for name in names:
-                _measure(sections, MEASURES[name], plan)
-            if options.profile is not None:
-                options.profile.mkdir(parents=True, exist_ok=True)
-                _measure(sections, profile.measure, plan)
-        except BenchmarkFailed as failure:
-            print(f"Error: {failure}", file=sys.stderr)
-            return 1
+        sections = measure_all(chosen, plan)
     is_worse = False
     if not options.quick:
         measured = {name: ratios for section in sections for name, ratios in section.rounds.items()}
@@ -95,14 +83,7 @@ def main() -> int:
         path.write_text(render(sections, _command(options), load_before, seconds) + kept)
         print(f"Written: {path}")
     print(f"Took {seconds:.0f} s.")
-    missed = [check for section in sections for check in section.checks if not check.is_met]
-    return 1 if (missed or is_worse) and not options.quick else 0
-
-
-def _measure(sections: list[Section], measure: Callable[[Plan], Section], plan: Plan) -> None:
-    section = measure(plan)
-    sections.append(section)
-    print(section.markdown(), flush=True)
+    return exit_status(sections, is_worse=is_worse, is_quick=options.quick)
 
 
 def _command(options: argparse.Namespace) -> str:

@@ -123,6 +123,7 @@ class Section:
         figures: The numbers that other programs may want, by name.
         rounds: The ratios that the guard holds against the accepted ones, by name, one for each
             round. Less is better.
+        failure: Why there are no figures; None: there are.
     """
 
     name: str
@@ -133,8 +134,11 @@ class Section:
     notes: list[str] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
     rounds: dict[str, Sequence[float]] = field(default_factory=dict)
+    failure: str | None = None
 
     def markdown(self) -> str:
+        if self.failure is not None:
+            return f"## {self.title}\n\nNot measured: {self.failure}\n"
         paragraphs = self.method.split("\n\n")
         parts = [f"## {self.title}", *(_filled(paragraph) for paragraph in paragraphs)]
         parts += [table.markdown() for table in self.tables]

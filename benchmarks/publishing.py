@@ -176,8 +176,14 @@ async def side_by_side(bench: Bench, events: int, runs: int = 50) -> Work:
     return work
 
 
-async def deltas(bench: Bench, events: int, runs: int = 50, rate: float = 100.0) -> Work:
-    """Fifty runs that stream text, each a hundred pieces a second; an event is a piece."""
+async def deltas(
+    bench: Bench, events: int, runs: int = 50, rate: float = 100.0, *, is_silent: bool = False
+) -> Work:
+    """Fifty runs that stream text, each a hundred pieces a second; an event is a piece.
+
+    Args:
+        is_silent: Wait for the pieces, and publish none: what the waiting itself costs.
+    """
     streams = await bench.open_runs(runs)
     each = events // runs
 
@@ -186,7 +192,8 @@ async def deltas(bench: Bench, events: int, runs: int = 50, rate: float = 100.0)
         for _ in range(each):
             await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
             due_s += 1 / rate
-            await stream.delta(DELTA)
+            if not is_silent:
+                await stream.delta(DELTA)
         await stream.flush()
 
     async def work() -> int:
@@ -270,6 +277,8 @@ async def _prepare(bench: Bench, mode: str, arguments: Sequence[str]) -> Work:
             return await paced(bench, int(users), float(rate), float(seconds))
         case "runs", [runs, concurrency]:
             return await whole_runs(bench, int(runs), int(concurrency))
+        case "timers", [events]:
+            return await deltas(bench, int(events), is_silent=True)
         case "bare-pipelined", [events]:
             return await bare(bench, int(events), pipelined=50)
         case _, [events]:

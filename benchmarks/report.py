@@ -35,6 +35,9 @@ def render(sections: Sequence[Section], command: str, load_before: float, second
     if checks:
         met = sum(check.is_met for check in checks)
         parts.append(f"Bounds met: {met} of {len(checks)}.\n")
+    failed = [section.name for section in sections if section.failure is not None]
+    if failed:
+        parts.append(f"Not measured, because it failed: {', '.join(failed)}.\n")
     parts += [section.markdown() for section in sections]
     return "\n".join(parts)
 

@@ -6,18 +6,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from benchmarks.figures import Section, Table, format_spread
+from benchmarks.figures import Check, Section, Table, format_spread
 from benchmarks.load import event_sizes
 from benchmarks.stage import Plan, Stage
 
 NAME = "publish"
+TEXT_LIMIT_US, ALONE_LIMIT_US = 12.0, 40.0
+ALONE_REDIS_LIMIT, BATCHES_REDIS_LIMIT = 2.0, 0.7
 
 _METHOD = """\
 A worker process with nothing but the relay's publisher, one Redis, nobody subscribed. Worker CPU
 is the process time of that worker; Redis CPU that of its main thread (`INFO cpu`), and script
 time what `INFO commandstats` says of script calls alone. Events have {size} bytes and go to runs
 of 200 events, unless it says otherwise. The bare script has one XADD and one PUBLISH, called
-through redis-py, and neither trims nor numbers anything. Medians of {rounds} rounds."""
+through redis-py, and neither trims nor numbers anything.
+
+The agents that stream text wait for each piece with a timer of their own (`asyncio.sleep`), as
+agents wait for their model. What that costs is measured in the same round, on a worker with the
+same agents that wait as often and publish nothing. *less the timers* is what the publisher costs:
+the difference of both, by round; its bound is held against that. Medians of {rounds} rounds; in
+brackets the range."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,13 @@ class _Result:
 
 def _cases(plan: Plan) -> list[_Case]:
     many, some = plan.size(6_000, 600), plan.size(2_000, 200)
+    pieces = plan.size(15_000, 5_000)
     cases = [
         _Case("alone", "alone: the next when Redis has the last", many),
         _Case("batches", "ten in one go", many),
         _Case("side-by-side", "fifty runs side by side, alone each", many),
-        _Case("deltas", "text: fifty runs, 100 pieces a second each", plan.size(20_000, 5_000)),
+        _Case("deltas", "text: fifty runs, 100 pieces a second each", pieces),
+        _Case("timers", "the timers of those agents, nothing published", pieces),
         _Case("bare", "bare script, alone", many),
     ]
     slow = [
@@ -54,13 +64,14 @@ def _cases(plan: Plan) -> list[_Case]:
 
 
 def measure(plan: Plan) -> Section:
-    rounds = plan.size(3, 1)
+    rounds = plan.size(5, 1)
     cases = _cases(plan)
     results = {case.mode: _Result() for case in cases}
     runs = {concurrency: _Result() for concurrency in plan.size((1, 32), (32,))}
     for number in range(rounds):
         plan.say(f"publish cost, round {number + 1} of {rounds}")
-        for case in cases:
+        # Now the one first and now the other: a machine that slows down favours neither.
+        for case in cases if number % 2 == 0 else cases[::-1]:
             _add(results[case.mode], _run(plan, case.mode, case.events))
         for concurrency, result in runs.items():
             count = plan.size(600, 96) if concurrency > 1 else plan.size(200, 30)
@@ -69,6 +80,7 @@ def measure(plan: Plan) -> Section:
         NAME, "Cost of publishing", _METHOD.format(size=event_sizes()[0], rounds=rounds)
     )
     section.tables = [_ratios(section, results), _costs(cases, results), _runs(runs)]
+    _judge(section, results)
     return section
 
 
@@ -94,18 +106,58 @@ def _ratios(section: Section, results: Mapping[str, _Result]) -> Table:
     bare = results["bare"]
     for mode, name in (("alone", "alone"), ("batches", "ten in one go"), ("deltas", "text")):
         result = results[mode]
-        ratios = [
-            median(mine / theirs for mine, theirs in zip(ours, bares, strict=True))
-            for ours, bares in (
-                (result.worker_us, bare.worker_us),
-                (result.redis_us, bare.redis_us),
-                (result.script_us, bare.script_us),
-            )
-        ]
-        table.rows.append([name, *(f"{ratio:.2f} x" for ratio in ratios)])
-        section.figures[f"publish.{mode}.worker/bare"] = ratios[0]
-        section.figures[f"publish.{mode}.redis/bare"] = ratios[1]
+        workers = _ratio(result.worker_us, bare.worker_us)
+        servers = _ratio(result.redis_us, bare.redis_us)
+        scripts = _ratio(result.script_us, bare.script_us)
+        table.rows.append(
+            [name, *(f"{median(ratios):.2f} x" for ratios in (workers, servers, scripts))]
+        )
+        section.figures[f"publish.{mode}.worker/bare"] = median(workers)
+        section.figures[f"publish.{mode}.redis/bare"] = median(servers)
+        if mode != "deltas":
+            section.rounds[f"publish.{mode}.worker/bare"] = workers
+        section.rounds[f"publish.{mode}.redis/bare"] = servers
+    text = _ratio(_text_us(results), bare.worker_us)
+    table.rows.append(["text, less the timers", f"{median(text):.2f} x", "", ""])
+    section.rounds["publish.deltas.worker-less-timers/bare"] = text
     return table
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [mine / other for mine, other in zip(ours, theirs, strict=True)]
+
+
+def _text_us(results: Mapping[str, _Result]) -> list[float]:
+    """Give what a piece of text costs the worker by round, less what waiting for it costs."""
+    both, timers = results["deltas"].worker_us, results["timers"].worker_us
+    return [whole - waiting for whole, waiting in zip(both, timers, strict=True)]
+
+
+def _judge(section: Section, results: Mapping[str, _Result]) -> None:
+    redis = "Redis CPU per event relative to the bare script"
+    section.checks = [
+        Check(
+            "worker CPU per piece of text, less the agents' timers",
+            median(_text_us(results)),
+            TEXT_LIMIT_US,
+            "us",
+        ),
+        Check(
+            "worker CPU per event, alone",
+            median(results["alone"].worker_us),
+            ALONE_LIMIT_US,
+            "us",
+        ),
+        Check(
+            f"{redis}, alone", section.figures["publish.alone.redis/bare"], ALONE_REDIS_LIMIT, "x"
+        ),
+        Check(
+            f"{redis}, ten in one go",
+            section.figures["publish.batches.redis/bare"],
+            BATCHES_REDIS_LIMIT,
+            "x",
+        ),
+    ]
 
 
 def _costs(cases: Sequence[_Case], results: Mapping[str, _Result]) -> Table:
@@ -114,6 +166,9 @@ def _costs(cases: Sequence[_Case], results: Mapping[str, _Result]) -> Table:
     for case in cases:
         result = results[case.mode]
         table.rows.append([case.name, *_cells(result)])
+        if case.mode == "timers":
+            less = format_spread(_text_us(results))
+            table.rows.append(["text, less the timers", less, "", "", "", ""])
     return table
 
 

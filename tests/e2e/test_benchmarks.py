@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -68,6 +69,11 @@ def test_quick_run_writes_results(tmp_path: Path) -> None:
     for expected in ("First event after the request", "5 x 120", "ten in one go", "| Commit |"):
         assert expected in text
     assert "met: p99 to `agent_queued`, one at a time" in text
+    assert re.search(
+        r"(?:met|NOT MET): worker CPU per piece of text, less the agents' timers", text
+    )
+    [timers] = [line for line in text.splitlines() if "the timers of those agents" in line]
+    assert timers.split("|")[5].strip() == "0.00", "they published something"
 
 
 def test_bounds_of_the_bridge_and_of_a_reconnect_are_measured() -> None:
