@@ -121,7 +121,8 @@ async def rounds(redis_url: str, key_prefix: str, seed: int, count: int) -> None
         running_gateway(settings) as gateway,
         Work(settings) as work,
         worker,
-        tab(gateway, "bystander") as bystander,
+        # It goes on for longer than a token of the tests is good for.
+        tab(gateway, "bystander", ttl_s=3_600) as bystander,
     ):
         for number in range(count):
             victim = f"victim-{number}"
