@@ -18,6 +18,7 @@ from relay.errors import DecodingFailed, RedisMisconfigured, RedisUnavailable
 from relay.history import fetch_call, page_from, read_call
 from relay.keys import Keys
 from relay.recovery import Cursor, FetchBody, Read, Request, RequestQueue, Rotate, SharedRequest
+from relay.script_line import ScriptLine
 from relay.scripts import KeyTaken, RedisLink, ScriptCall, ScriptFailed
 
 READS_PER_PIPELINE = 64
@@ -63,6 +64,7 @@ class HistoryReader:
     ) -> None:
         self.catch_ups = 0
         self._link = link
+        self._line = ScriptLine(link)
         self._keys = keys
         self._background = background
         self._outage = outage
@@ -108,7 +110,7 @@ class HistoryReader:
                 return
             try:
                 calls = [self._call(shared.owner, shared.first) for shared in requests]
-                replies = await self._persist(lambda: self._link.run_each(calls))
+                replies = await self._persist(lambda: self._line.run_each(calls))
             except Exception:
                 log.exception("history not read", users=len(requests))
                 for shared in requests:

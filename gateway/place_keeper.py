@@ -195,4 +195,3 @@ class PlaceKeeper:
             await self.settle()
         except (RedisUnavailable, RedisMisconfigured) as error:
             log.debug("places left to expire", error=str(error))
-        await self._book.aclose()

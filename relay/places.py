@@ -7,20 +7,15 @@ matters: when all places are taken.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import structlog
 
-from relay.errors import RelayError
 from relay.keys import Keys
+from relay.script_line import ScriptLine
 from relay.scripts import RedisLink, ScriptCall, ScriptFailed, mapped_errors
-
-CALLS_PER_PIPELINE = 256
-PIPELINES = 4
-"""More that come meanwhile share the next ones: a reconnect storm costs few round trips."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -78,8 +73,8 @@ class PlaceBook:
         self._keys = keys
         self.node_id = node_id
         self._limit = limit
-        self._waiting: list[tuple[ScriptCall, asyncio.Future[Any]]] = []
-        self._senders: set[asyncio.Task[None]] = set()
+        # One for all: what gives a place back stays behind what may be taking it.
+        self._line = ScriptLine(link)
 
     async def take(self, place: Place, gone: Sequence[str] = ()) -> PlaceTaken | AllTaken:
         """Take a place, or take over that of the same client.
@@ -104,17 +99,19 @@ class PlaceBook:
     async def _take(
         self, place: Place, connection_id: str, gone: Sequence[str]
     ) -> PlaceTaken | AllTaken:
-        is_taken, *fields = await self._run(
-            self._call(
-                "place_take",
-                place.user_id,
-                connection_id,
-                self.node_id,
-                place.client_id or "",
-                self._limit,
-                *gone,
-            )
+        call = self._call(
+            "place_take",
+            place.user_id,
+            connection_id,
+            self.node_id,
+            place.client_id or "",
+            self._limit,
+            *gone,
         )
+        [reply] = await self._line.run_each([call])
+        if isinstance(reply, ScriptFailed):
+            raise reply
+        is_taken, *fields = reply
         names = [field.decode() for field in fields]
         holders = tuple(map(Holder, names[::2], names[1::2]))
         return PlaceTaken(holders) if is_taken else AllTaken(holders)
@@ -167,7 +164,7 @@ class PlaceBook:
         )
 
     async def _write(self, calls: Sequence[ScriptCall]) -> None:
-        for call, reply in zip(calls, await self._link.run_each(calls), strict=True):
+        for call, reply in zip(calls, await self._line.run_each(calls), strict=True):
             if isinstance(reply, ScriptFailed):
                 # No place can stand where something else does: that is this one user's trouble.
                 log.error("places of a user not written", key=call.keys[0], error=str(reply))
@@ -175,64 +172,3 @@ class PlaceBook:
     def _call(self, name: str, user_id: str, *args: str | int) -> ScriptCall:
         keys = (self._keys.user(user_id).connections,)
         return ScriptCall(self._link.scripts[name], keys, "", args)
-
-    # --- Many at once ---
-
-    async def _run(self, call: ScriptCall) -> Any:
-        """Make one call; all that are made in one turn of the event loop share a round trip."""
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting.append((call, future))
-        if len(self._senders) < PIPELINES:
-            sender = asyncio.create_task(self._send(), name="places")
-            self._senders.add(sender)
-        return await future
-
-    async def _send(self) -> None:
-        try:
-            while self._waiting:
-                batch = self._waiting[:CALLS_PER_PIPELINE]
-                del self._waiting[:CALLS_PER_PIPELINE]
-                await self._exchange([one for one in batch if not one[1].done()])
-        finally:
-            # At once: a call that is made before a callback could run would wait for nobody.
-            self._senders.discard(asyncio.current_task())
-
-    async def _exchange(self, batch: Sequence[tuple[ScriptCall, asyncio.Future[Any]]]) -> None:
-        if not batch:
-            return
-        answers: list[Any]
-        try:
-            answers = await self._link.run_each([call for call, _ in batch])
-        except RelayError as error:
-            answers = [error] * len(batch)
-        except Exception as error:  # noqa: BLE001 -- it is told to each caller
-            # A defect. What waits behind this batch is sent all the same.
-            for _, future in batch:
-                if not future.done():
-                    # As below: an exception object for each.
-                    failure = RuntimeError(f"places could not be asked for: {error}")
-                    failure.__cause__ = error
-                    future.set_exception(failure)
-            return
-        except BaseException:
-            # The event loop is ending: nobody may wait for an answer that does not come.
-            for _, future in batch:
-                future.cancel()
-            raise
-        for (_, future), answer in zip(batch, answers, strict=True):
-            _settle(future, answer)
-
-    async def aclose(self) -> None:
-        """Wait for the calls that are under way; at most Redis' own time limit."""
-        if self._senders:
-            await asyncio.wait(self._senders)
-
-
-def _settle(future: asyncio.Future[Any], answer: Any) -> None:
-    if future.done():
-        return
-    if isinstance(answer, RelayError):
-        # One exception object raised in many places would grow a traceback with each.
-        future.set_exception(type(answer)(str(answer)))
-    else:
-        future.set_result(answer)

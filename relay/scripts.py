@@ -12,7 +12,7 @@ import hashlib
 import re
 import secrets
 import weakref
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, NamedTuple
@@ -151,6 +151,8 @@ class RedisLink:
         self.limits = limits or LogLimits()
         self.timeout_s = timeout_s
         self.scripts = load_scripts()
+        # What has connections of its own to this Redis, for ``aclose``.
+        self.on_close: list[Callable[[], Awaitable[None]]] = []
         self._instances: weakref.WeakKeyDictionary[AbstractConnection, str] = (
             weakref.WeakKeyDictionary()
         )
@@ -387,6 +389,8 @@ class RedisLink:
 
     async def aclose(self) -> None:
         """Close all connections."""
+        for close in self.on_close:
+            await close()
         await self.client.aclose()
         await self.pool.aclose()
 

@@ -348,7 +348,7 @@ async def test_a_defect_at_one_users_history_holds_up_nobody_else(
 async def test_reads_that_cannot_be_sent_are_made_again(
     hub: FeedHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_each = hub.reader._link.run_each
+    run_each = hub.reader._line.run_each
     failures = 0
 
     async def fail_once(asked: Any) -> Any:
@@ -358,7 +358,7 @@ async def test_reads_that_cannot_be_sent_are_made_again(
             raise TypeError("defect")
         return await run_each(asked)
 
-    monkeypatch.setattr(hub.reader._link, "run_each", fail_once)
+    monkeypatch.setattr(hub.reader._line, "run_each", fail_once)
     await connect(hub)
     assert failures > 1
 
@@ -486,13 +486,13 @@ async def test_tabs_that_return_together_share_their_reads(
     await run.publish(run.event(thought="0"))
     await run.end()
     calls: list[str] = []
-    run_each = hub.reader._link.run_each
+    run_each = hub.reader._line.run_each
 
     async def counted(asked: Any) -> Any:
         calls.extend(call.script.name for call in asked)
         return await run_each(asked)
 
-    hub.reader._link.run_each = counted  # type: ignore[method-assign]
+    hub.reader._line.run_each = counted  # type: ignore[method-assign]
     tabs = [Tab() for _ in range(200)]
     for tab in tabs:
         place: Any = since if since == "0" else Position(run.epoch, 1)

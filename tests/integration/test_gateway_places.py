@@ -18,7 +18,6 @@ from gateway.app import Gateway, running_gateway
 from gateway.connection_pool import REPLACED
 from gateway.node import RENEW_INTERVAL_S
 from gateway.place_keeper import PlaceKeeper
-from relay import places
 from relay.errors import RedisUnavailable, RequestRefused
 from relay.keys import NODE_TTL_MS, PLACES_TTL_MS, Keys
 from relay.places import AllTaken, Holder, Place, PlaceBook, PlaceTaken
@@ -316,10 +315,8 @@ async def test_many_places_taken_at_once_are_exact(link: RedisLink, key_prefix: 
 
 
 async def test_call_that_cannot_be_sent_fails_and_those_behind_it_are_sent(
-    link: RedisLink, key_prefix: str, monkeypatch: pytest.MonkeyPatch
+    link: RedisLink, key_prefix: str
 ) -> None:
-    monkeypatch.setattr(places, "CALLS_PER_PIPELINE", 1)
-    monkeypatch.setattr(places, "PIPELINES", 1)
     book = PlaceBook(link, Keys(key_prefix), "gw-1", 1)
     async with asyncio.timeout(5):
         failed, taken = await asyncio.gather(
