@@ -456,6 +456,13 @@ class Connection:
         if transport is not None:
             transport.write(publication)
 
+    def write_all(self, publications: Sequence[Publication]) -> None:
+        """Send the events of a page."""
+        self._services.metrics.delivered_events += len(publications)
+        transport = self._transport
+        if transport is not None:
+            transport.write_all(publications)
+
     def write_part(self, frame: bytes) -> None:
         """Send a piece of a large event."""
         self._send(frame)

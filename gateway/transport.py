@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from starlette.types import Receive, Send
@@ -45,6 +45,9 @@ class Transport(Protocol):
 
     def write(self, publication: Publication) -> None:
         """Send an event, soon, together with what else comes now."""
+
+    def write_all(self, publications: Sequence[Publication]) -> None:
+        """Send several events in the same way."""
 
     def send(self, payload: bytes, position: str) -> None:
         """Send another frame; ``position`` is where to resume from after it, or empty."""
@@ -109,6 +112,11 @@ class OutboxTransport:
     def write(self, publication: Publication) -> None:
         """Send an event."""
         self._add(publication.frame)
+
+    def write_all(self, publications: Sequence[Publication]) -> None:
+        """Send events."""
+        for publication in publications:
+            self.write(publication)
 
     def send(self, payload: bytes, position: str) -> None:
         """Send another frame."""

@@ -277,29 +277,41 @@ class Cursor:
         return True
 
     def _write_page(self, page: Page) -> None:
+        ready: list[Publication] = []
+        last = self._offset
         for publication in page.publications:
-            if publication.offset <= self._offset:
+            if publication.offset <= last:
                 continue
-            if publication.is_claim:
-                if not publication.size_bytes:
-                    if publication.offset > self._lost_until:
-                        self._lost_until = publication.offset
-                        self._reset("event_lost")
-                        return
-                    continue
+            if publication.event:
+                ready.append(publication)
+                last = publication.offset
+            elif publication.size_bytes:
+                self._write_ready(ready, page)
                 self._is_whole = False
                 self._begin_body(publication)
                 return
-            self.sink.write(publication)
-            self._offset = publication.offset
-            mark = page.marks.get(publication.offset)
-            if mark is not None:
-                self._know(mark)
+            elif publication.offset > self._lost_until:
+                self._write_ready(ready, page)
+                self._lost_until = publication.offset
+                self._reset("event_lost")
+                return
+        self._write_ready(ready, page)
         self._offset = max(self._offset, page.covered)
         self._is_whole = page.covered >= page.offset
         if self._is_whole:
             self._known = NOTHING_KNOWN
         self.advance()
+
+    def _write_ready(self, ready: Sequence[Publication], page: Page) -> None:
+        if not ready:
+            return
+        self.sink.write_all(ready)
+        self._offset = ready[-1].offset
+        if page.marks:
+            for publication in ready:
+                mark = page.marks.get(publication.offset)
+                if mark is not None:
+                    self._know(mark)
 
     def _know(self, mark: TextMark) -> None:
         # A read under way keeps what was known when it was made.

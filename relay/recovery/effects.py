@@ -44,6 +44,9 @@ class Sink(Protocol):
     def write(self, publication: Publication) -> None:
         """Queue an event for the client."""
 
+    def write_all(self, publications: Sequence[Publication]) -> None:
+        """Queue the events of a page."""
+
     def write_part(self, frame: bytes) -> None:
         """Queue a part of a large event."""
 

@@ -52,6 +52,10 @@ class Tab:
     def write(self, publication: Any) -> None:
         self.frames.append(orjson.loads(publication.frame))
 
+    def write_all(self, publications: Any) -> None:
+        for publication in publications:
+            self.write(publication)
+
     def write_part(self, frame: bytes) -> None:
         self.frames.append(orjson.loads(frame))
 

@@ -13,7 +13,7 @@ import copy
 import random
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -373,6 +373,10 @@ class Connection:
         require(bool(publication.event), f"{self.client.name}: a claim without its bytes")
         frame = ("event", publication.offset, publication.event)
         self._add(len(publication.event), frame)
+
+    def write_all(self, publications: Sequence[Publication]) -> None:
+        for publication in publications:
+            self.write(publication)
 
     def write_part(self, frame: bytes) -> None:
         parts = [queued for _, (kind, *queued) in self.frames if kind == "part"]

@@ -52,6 +52,10 @@ class Sink:
     def write(self, publication: Publication) -> None:
         self.frames.append(("event", publication.offset))
 
+    def write_all(self, publications: Sequence[Publication]) -> None:
+        for publication in publications:
+            self.write(publication)
+
     def write_part(self, frame: bytes) -> None:
         part = orjson.loads(frame)
         self.frames.append(("part", part["offset"], part["index"], part["total"], part["text"]))
