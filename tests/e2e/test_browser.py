@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pytest
 from playwright.async_api import Locator, expect
 
-from tests.e2e.agents.page_agents import HOSTILE_ANSWER, piece
+from tests.e2e.agents.page_agents import HOSTILE_ANSWER, LONG_NAME, piece
 from tests.support.browser import Tab, new_tab, running_browser, take_screenshot
 from tests.support.stack import GatewayProcess, Stack
 
@@ -427,6 +427,44 @@ async def test_page_fits_every_screen_in_both_themes(
     assert await darkness(wide) is not before
     await wide.reload()
     assert await darkness(wide) is not before
+
+
+NARROW = {**PHONE, "viewport": {"width": 320, "height": 640}}
+_MISFITS = """
+() => {
+  const misfits = [];
+  for (const root of document.querySelectorAll(".topbar, .byline, .run-toggle, .composer-foot")) {
+    const whole = root.getBoundingClientRect();
+    let end = whole.left - 1;
+    for (const part of root.children) {
+      const { left, right, width, height } = part.getBoundingClientRect();
+      // What is for screen readers only, or has nothing to say.
+      if (width <= 1 || getComputedStyle(part).visibility === "hidden") continue;
+      if (left < end - 1 || right > whole.right + 1 || height > whole.height)
+        misfits.push(`${root.className}: ${part.className || part.tagName}`);
+      end = right;
+    }
+  }
+  return misfits;
+}
+"""
+
+
+async def test_long_names_fit_the_narrowest_screen_in_every_state(
+    open_tab: OpenTab, user_id: str, mortal: GatewayProcess
+) -> None:
+    tab = await open_tab(user_id, 2, **NARROW)
+    await tab.ask("A question that is long enough for no title to hold all of it", LONG_NAME)
+    await expect(tab.get("stop")).to_be_in_viewport(ratio=1)
+    assert await tab.page.evaluate(_MISFITS) == []
+    lines = "() => [...document.querySelectorAll('.byline')].map((one) => one.clientHeight)"
+    assert max(await tab.page.evaluate(lines)) < 40
+    await tab.get("stop").click()
+    await tab.wait_answer("cancelled")
+    assert await tab.page.evaluate(_MISFITS) == []
+    await mortal.kill()
+    await tab.wait_state("reconnecting")
+    assert await tab.page.evaluate(_MISFITS) == []
 
 
 async def darkness(tab: Tab) -> bool:

@@ -9,6 +9,7 @@ from agent_worker import Run, Worker
 worker = Worker("page")
 
 PIECE_S = 0.02
+LONG_NAME = "an-agent-with-a-rather-long-name-indeed"
 
 HOSTILE_ANSWER = """
 <img src=x onerror="window.pwned = 'img'"> <script>window.pwned = 'script'</script>
@@ -36,6 +37,14 @@ async def tell(run: Run) -> None:
     for number in range(int(run.request.content)):
         await run.delta(piece(number))
         await asyncio.sleep(PIECE_S)
+
+
+@worker.agent(LONG_NAME, description="Works until it is stopped.")
+async def work_on(run: Run) -> None:
+    """Give the page something to stop, under a name that is hard to fit anywhere."""
+    async with run.tool("look_into_everything_there_is", {}, "Look into everything there is"):
+        await run.progress(30)
+        await asyncio.sleep(60)
 
 
 @worker.agent("hostile", description="Tries to run code in the page of its user.")
