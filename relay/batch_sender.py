@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from relay.batches import Acknowledged, Batch
+from relay.batches import NOTHING_NEW, Acknowledged, Batch
 from relay.cancellation import end_tasks
 from relay.errors import PublishRefused, RedisMisconfigured, RedisUnavailable, RunEnded
 from relay.key_probes import is_wrong_type
@@ -35,7 +35,8 @@ class BatchSender:
 
     Args:
         link: Where to.
-        on_acknowledged: Called when Redis has a batch, before its stream goes on.
+        on_acknowledged: Called when Redis has a batch and told something with it, before its stream
+            goes on.
         on_refused: Called when Redis takes no more events of a lane.
 
     Attributes:
@@ -221,7 +222,8 @@ class BatchSender:
                 return
         else:
             lane.acknowledged(reply[1])
-            self._on_acknowledged(lane, outcome)
+            if outcome is not NOTHING_NEW:
+                self._on_acknowledged(lane, outcome)
         stream.advanced()
 
     def _refuse(self, lane: PublishLane, reason: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from relay.codec import EventEncoder, RunEnvelope
 from relay.columns import Columns
 from relay.errors import PublishRefused, RunEnded, StaleFence
-from relay.events import EventType, Kind
+from relay.events import Kind
 
 BATCH_BYTES = 512 * 1024
 """A batch ends when it passes this; one larger event is a batch of its own."""
@@ -86,7 +86,7 @@ class Acknowledged:
     next_run: tuple[str, str] | None
 
 
-_NOTHING_NEW = Acknowledged(None, None)
+NOTHING_NEW = Acknowledged(None, None)
 
 
 class OutgoingBatches:
@@ -162,6 +162,8 @@ class OutgoingBatches:
         Raises:
             UnicodeEncodeError: It has no UTF-8 form; nothing was taken.
         """
+        if self.extend_text(text):
+            return
         size = len(text) if text.isascii() else len(text.encode())
         if len(text) > TEXT_CHARS:
             for start in range(0, len(text), TEXT_CHARS):
@@ -171,18 +173,36 @@ class OutgoingBatches:
             self._message_number += 1
             self._is_in_message = True
             self._position = self._bytes_before = 0
-        last = self._open_text
-        if last is not None and last.size_bytes + size <= BATCH_BYTES:
-            last.pieces.append(text)
-            last.size_bytes += size
-        else:
-            name = f"m{self._message_number}"
-            last = _Text(name, self._position, self._bytes_before, [text], size, now_ms)
-            self._open_text = last
-            self._pending.append(last)
+        name = f"m{self._message_number}"
+        last = _Text(name, self._position, self._bytes_before, [text], size, now_ms)
+        self._open_text = last
+        self._pending.append(last)
         self._position += len(text)
         self._bytes_before += size
         self.size_bytes += size
+
+    def extend_text(self, text: str) -> bool:
+        """Take a piece of text where an earlier one still waits that it can be joined to.
+
+        Returns:
+            Whether it was taken.
+
+        Raises:
+            UnicodeEncodeError: It has no UTF-8 form; nothing was taken.
+        """
+        last = self._open_text
+        if last is None:
+            return False
+        chars = len(text)
+        size = chars if text.isascii() else len(text.encode())
+        if chars > TEXT_CHARS or last.size_bytes + size > BATCH_BYTES:
+            return False
+        last.pieces.append(text)
+        last.size_bytes += size
+        self._position += chars
+        self._bytes_before += size
+        self.size_bytes += size
+        return True
 
     def release_text(self) -> None:
         """Let the text that waits for more wait no longer."""
@@ -204,8 +224,9 @@ class OutgoingBatches:
         arguments: list[int | str | bytes] = []
         bodies: list[tuple[int, bytes]] = []
         size = count = 0
-        while self._pending and (size == 0 or size + self._pending[0].size_bytes <= BATCH_BYTES):
-            item = self._pending.popleft()
+        pending = self._pending
+        while pending and (size == 0 or size + pending[0].size_bytes <= BATCH_BYTES):
+            item = pending.popleft()
             size += item.size_bytes
             if isinstance(item, _Text):
                 arguments += self._encode_text(item)
@@ -214,17 +235,16 @@ class OutgoingBatches:
                 if item.body is not None:
                     bodies.append((count, item.body))
             count += 1
-        if not self._pending:
+        if not pending:
             self._open_text = None
-        self._has_urgent = bool(self._pending)
+        self._has_urgent = bool(pending)
         batch = Batch(self._next_number, tuple(arguments), size, tuple(bodies))
         self._next_number += 1
         return batch
 
     def _encode_text(self, item: _Text) -> Arguments:
         text = "".join(item.pieces)
-        data = {"message_id": item.message_id, "position": item.position, "text": text}
-        event = self.encoder.encode(EventType.TEXT_DELTA, item.timestamp_ms, data)
+        event = self.encoder.encode_text(item.timestamp_ms, item.message_id, item.position, text)
         return (_KIND_TEXT, "", item.message_id, text, event, item.bytes_before)
 
     def receive_answer(self, batch: Batch, answer: Sequence[Any]) -> Acknowledged | None:
@@ -247,7 +267,7 @@ class OutgoingBatches:
             self.size_bytes -= batch.size_bytes
             self._remember(batch)
             if not cancel and not next_run:
-                return _NOTHING_NEW
+                return NOTHING_NEW
             following = (next_run.decode(), next_agent.decode()) if next_run else None
             return Acknowledged(cancel or None, following)
         if kind == b"expected":

@@ -115,6 +115,27 @@ class EventEncoder:
         time = format_timestamp(timestamp_ms).encode()
         return b'%s%s","data":%s}' % (head, time, encode_json(data))
 
+    def encode_text(self, timestamp_ms: int, message_id: str, position: int, text: str) -> bytes:
+        """Give the bytes of a ``text_delta``, as ``encode`` would, at less cost.
+
+        Args:
+            timestamp_ms: When it was written.
+            message_id: Its message, a name that needs no escapes in JSON.
+            position: Characters of the message before it.
+            text: With a UTF-8 form.
+        """
+        head = self._heads.get(EventType.TEXT_DELTA)
+        if head is None:
+            self.encode(EventType.TEXT_DELTA, timestamp_ms, None)
+            head = self._heads[EventType.TEXT_DELTA]
+        return b'%s%s","data":{"message_id":"%s","position":%d,"text":%s}}' % (
+            head,
+            format_timestamp(timestamp_ms).encode(),
+            message_id.encode(),
+            position,
+            orjson.dumps(text),
+        )
+
 
 def encode_fields(fields: dict[str, Any], data: Any, data_path: str = "data") -> bytes:
     """Give the stored bytes of an event with these envelope fields and this data."""

@@ -66,7 +66,10 @@ def columns_of(
         event: Its stored bytes.
     """
     subject_id, value = "", ""
+    # The usual ones come first: each case is a comparison.
     match event_type:
+        case EventType.AGENT_THINKING | EventType.CUSTOM:
+            pass
         case EventType.TOOL_EXECUTING:
             subject_id = data["tool_call_id"]
             value = OpenTool(data["tool_name"], now_ms).encode()

@@ -27,6 +27,16 @@ _WITHIN_ATTEMPT = frozenset(
 )
 
 
+_CHANGES_NOTHING = frozenset(
+    {
+        EventType.AGENT_THINKING,
+        EventType.CUSTOM,
+        EventType.TEXT_DELTA,
+        EventType.AGENT_STALLED,
+    }
+)
+
+
 class RunGrammar:
     """What may come next in one run.
 
@@ -58,6 +68,8 @@ class RunGrammar:
         Raises:
             GrammarViolation: The event is not legal here. The state is unchanged.
         """
+        if self._is_started and self.ended_by is None and event_type in _CHANGES_NOTHING:
+            return
         if self.ended_by is not None:
             raise GrammarViolation(event_type, f"the run has ended with {self.ended_by}")
         if event_type is EventType.NOTICE:

@@ -74,4 +74,5 @@ class PublishLane:
 
 def _pack_words(words: Arguments) -> bytes:
     """Pack words as a part of a command, without the count that stands before a whole one."""
-    return pack(*words)[len(b"*%d\r\n" % len(words)) :]
+    packed = pack(*words)
+    return packed[packed.index(b"\n") + 1 :]

@@ -142,6 +142,10 @@ class Publisher:
             if lane.staging is not None:
                 lane.staging.cancel()
 
+    def create_future(self) -> asyncio.Future[None]:
+        """Give a future of the loop that the publisher runs on."""
+        return self._loop.create_future()
+
     def send_soon(self, stream: RunStream) -> None:
         """Send what the stream holds when the event loop comes round."""
         lane = self._lanes.get(stream)

@@ -117,6 +117,11 @@ class RunStream:
             await self._wait_for_room()
         if not text:
             return
+        # Text that waits may go on: had anything come since that ends it, it would not be open any
+        # more. Whatever makes it leave is on its way already.
+        if self.batches.extend_text(text):
+            self._pieces.append(text)
+            return
         self.grammar.apply_text()
         # A lone surrogate has no UTF-8 form: that raises here, not when it is sent.
         self.batches.add_text(text, clock.now_ms())
@@ -219,17 +224,18 @@ class RunStream:
     async def _wait(self) -> None:
         if self.refused is not None:
             raise self.refused
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter = self._publisher.create_future()
         self._waiters.append(waiter)
         await waiter
 
     def advanced(self) -> None:
         """Let everybody who waits look again: something was acknowledged, or refused."""
         self._waiting_since_s = None if self.batches.is_empty else time.monotonic()
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        if self._waiters:
+            waiters, self._waiters = self._waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
 
     def refuse(self, refusal: PublishRefused) -> None:
         """Note that Redis takes no more events of this attempt."""

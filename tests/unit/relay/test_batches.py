@@ -261,3 +261,23 @@ def test_only_the_latest_waiting_progress_of_a_tool_is_sent() -> None:
     _, arguments = outgoing.next_batch()
     assert [arguments[9], arguments[15]] == [b"4", b"x"]
     assert outgoing.size_bytes == 2
+
+
+def test_a_piece_is_joined_only_to_text_that_still_waits() -> None:
+    outgoing = OutgoingBatches(ENVELOPE, "f", "e1")
+    assert not outgoing.extend_text("before any")
+    outgoing.add_text("a", 1_000)
+    assert outgoing.extend_text("é")
+    assert outgoing.size_bytes == 3
+    with pytest.raises(UnicodeEncodeError):
+        outgoing.extend_text("\ud800")
+    assert not outgoing.extend_text("x" * (batches.TEXT_CHARS + 1))
+    assert outgoing.size_bytes == 3
+    outgoing.add_event(event_columns(1))
+    assert not outgoing.extend_text("behind an event")
+    outgoing.add_text("b", 1_001)
+    outgoing.next_batch()
+    assert not outgoing.extend_text("behind what was sent")
+    outgoing.add_text("c", 1_002)
+    outgoing.add_progress("call", b"{}")
+    assert not outgoing.extend_text("behind a progress")

@@ -178,3 +178,12 @@ def test_an_encoder_gives_the_bytes_of_its_envelope(event_type: EventType) -> No
     for timestamp_ms, data in ((0, {"a": '","data":null}'}), (1_700_000_000_123, {"b": [1.5]})):
         expected = envelope.encode(event_type, timestamp_ms, data)
         assert encoder.encode(event_type, timestamp_ms, data) == expected
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])), st.integers(0, 10**9))
+def test_the_short_way_for_text_gives_the_same_bytes(text: str, position: int) -> None:
+    data = {"message_id": "m1", "position": position, "text": text}
+    expected = ENVELOPE.encode(EventType.TEXT_DELTA, 1_795_000_000_123, data)
+    encoder = EventEncoder(ENVELOPE)
+    for _ in range(2):
+        assert encoder.encode_text(1_795_000_000_123, "m1", position, text) == expected
