@@ -314,6 +314,33 @@ async def test_client_that_takes_nothing_is_closed_with_4410(
             await fast.receive()
 
 
+async def test_five_at_once_of_whom_one_leaves_and_two_fall_silent(
+    redis_url: str, key_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.protocol.PING_INTERVAL_MS", 200)
+    monkeypatch.setattr("gateway.protocol.PING_TIMEOUT_MS", 300)
+    settings = gateway_settings(redis_url, key_prefix)
+    users = [f"user-{number}" for number in range(5)]
+    async with running_gateway(settings) as gateway, contextlib.AsyncExitStack() as stack:
+        tabs = [await stack.enter_async_context(tab(gateway, user)) for user in users]
+        *healthy, leaving, deaf, mute = tabs
+        await leaving.socket.close()
+        for silent in (deaf, mute):
+            silent.socket.transport.pause_reading()
+
+        async def are_gone() -> bool:
+            return len(gateway.pool) == len(healthy)
+
+        await eventually(are_gone)
+        assert gateway.metrics.closed == {"1000": 1, "4408": 2}
+        assert {connection.user_id for connection in gateway.pool} == set(users[:2])
+        for one in healthy:
+            assert await one.is_alive()
+        for silent in (deaf, mute):
+            silent.socket.transport.resume_reading()
+            assert (await silent.closed())[0] == CloseCode.NO_PONG
+
+
 async def test_client_that_does_not_answer_pings_is_closed_with_4408(
     redis_url: str, key_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
