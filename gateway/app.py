@@ -20,6 +20,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.routing import BaseRoute
+from starlette.types import ASGIApp
 
 from gateway.auth import Authenticator
 from gateway.clock import steady_ms, wall_ms
@@ -30,7 +31,7 @@ from gateway.direct import TickWriter
 from gateway.doorkeeper import Doorkeeper, DoorLimits, Lobby
 from gateway.feed import FeedHub
 from gateway.handover import hand_over
-from gateway.handshake import websocket_routes
+from gateway.handshake import StraightToSocket, connector, websocket_routes
 from gateway.health import Health
 from gateway.http.events import event_routes
 from gateway.http.internal import admin_routes, health_routes, metrics_routes
@@ -192,6 +193,7 @@ class Gateway:
             ticks=TickWriter(self.metrics),
             tasks=self._answering,
         )
+        self.connect = connector(self._services, self.check_open)
         self._observe()
         self._public: Listener | None = None
         self._internal: Listener | None = None
@@ -435,7 +437,7 @@ class Gateway:
         """Give the routes of the public listener."""
         limit = self.settings.max_frame_bytes
         return [
-            *websocket_routes(self._services, self.check_open),
+            *websocket_routes(self._services, self.connect),
             *event_routes(self._services, self.check_open),
             *run_routes(self.identify, self._commands, limit),
             *ticket_routes(
@@ -478,9 +480,9 @@ def _tick(connection: Connection) -> None:
         log.exception("connection not cut off", user_id=connection.user_id)
 
 
-def build_app(gateway: Gateway) -> Starlette:
+def build_app(gateway: Gateway) -> ASGIApp:
     """Make the public application of a gateway."""
-    return Starlette(
+    app = Starlette(
         routes=gateway.public_routes(),
         middleware=[
             Middleware(SafeHeaders),
@@ -488,6 +490,7 @@ def build_app(gateway: Gateway) -> Starlette:
         ],
         exception_handlers=EXCEPTION_HANDLERS,
     )
+    return StraightToSocket(app, connect=gateway.connect)
 
 
 def build_internal_app(gateway: Gateway) -> Starlette:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Protocol
 
@@ -87,6 +88,8 @@ def _without_port(entry: str) -> str:
     return (match[1] or match[2]) if match else entry
 
 
+# Who connects does so again, and each proxy's address stands in each of its requests.
+@lru_cache(maxsize=256)
 def _parsed(text: str) -> IPv4Address | IPv6Address | None:
     try:
         address = ip_address(text)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from gateway.auth import BEARER_SUBPROTOCOL, SUBPROTOCOL
@@ -20,13 +21,16 @@ from relay.errors import DecodingFailed, RequestRefused
 from relay.recovery import Since
 from relay.tokens import Identity
 
+PATH = "/v1/ws"
 MAX_CLIENT_ID_CHARS = 128
 
 
-def websocket_routes(
-    services: ConnectionServices, check_open: Callable[[], None]
-) -> list[BaseRoute]:
-    """Make the WebSocket's route, and an answer for upgrades at any other address.
+Connect = Callable[[WebSocket], Awaitable[None]]
+"""Answers an upgrade request."""
+
+
+def connector(services: ConnectionServices, check_open: Callable[[], None]) -> Connect:
+    """Make the WebSocket's endpoint.
 
     Args:
         services: What connections share.
@@ -48,6 +52,30 @@ def websocket_routes(
             raise
         await _serve(websocket, services, connection)
 
+    return connect
+
+
+class StraightToSocket:
+    """Passes upgrades at ``/v1/ws`` past what is there for requests (ASGI middleware).
+
+    Middleware and routes do nothing for them but cost: each wait of a handshake goes through all.
+    """
+
+    def __init__(self, app: ASGIApp, *, connect: Connect) -> None:
+        self._app = app
+        self._connect = connect
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass an upgrade, or anything else, on."""
+        if scope["type"] == "websocket" and scope["path"] == PATH:
+            await self._connect(WebSocket(scope, receive, send))
+        else:
+            await self._app(scope, receive, send)
+
+
+def websocket_routes(services: ConnectionServices, connect: Connect) -> list[BaseRoute]:
+    """Make the WebSocket's route, and an answer for upgrades at any other address."""
+
     async def without_upgrade(_: Request) -> Response:
         # RFC 9110 section 15.5.22; the option in Connection belongs to it (section 7.8).
         headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
@@ -57,8 +85,8 @@ def websocket_routes(
         await _deny(websocket, services, RequestRefused("not_found"))
 
     return [
-        WebSocketRoute("/v1/ws", connect),
-        Route("/v1/ws", without_upgrade, methods=["GET"]),
+        WebSocketRoute(PATH, connect),
+        Route(PATH, without_upgrade, methods=["GET"]),
         WebSocketRoute("/{path:path}", nothing_here),
     ]
 

@@ -7,6 +7,7 @@ breaks survive, so no user id can name another user's key or channel.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from urllib.parse import quote, unquote
@@ -70,6 +71,9 @@ SCRIPT_CONSTANTS: dict[str, int] = {
 
 MAX_USER_ID_CHARS = 256
 
+_PLAIN = re.compile(r"[A-Za-z0-9_.~-]+")
+"""User ids that stand in key names as they are, as most do."""
+
 
 def encode_user(user_id: str) -> str:
     """Give the user id's form within key names.
@@ -79,6 +83,8 @@ def encode_user(user_id: str) -> str:
     """
     if not user_id or len(user_id) > MAX_USER_ID_CHARS:
         raise ValueError(f"a user id has 1 to {MAX_USER_ID_CHARS} characters, not {len(user_id)}")
+    if _PLAIN.fullmatch(user_id):
+        return user_id
     try:
         return quote(user_id, safe="")
     except UnicodeEncodeError as error:
