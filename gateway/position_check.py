@@ -12,7 +12,7 @@ from gateway.user_feed import UserFeed
 from relay.errors import RedisMisconfigured, RedisUnavailable
 from relay.keys import Keys
 from relay.recovery import FeedState
-from relay.scripts import RedisLink, ScriptFailed, mapped_errors
+from relay.scripts import RedisLink, ScriptFailed
 from relay.subscriber import Subscriber
 
 ROUND_S = 4.0
@@ -67,12 +67,10 @@ class PositionCheck:
         """Compare positions with Redis; tells whether it answered."""
         heads = [feed.head for feed in feeds]
         try:
-            with mapped_errors(self._link.url):
-                pipeline = self._link.client.pipeline(transaction=False)
-                pipeline.ping()
-                for feed in feeds:
-                    pipeline.hmget(self._keys.user(feed.user_id).channel, ["epoch", "offset"])
-                _, *stored = await pipeline.execute(raise_on_error=False)
+            # The ping is for when there is nothing to check.
+            channels = [self._keys.user(feed.user_id).channel for feed in feeds]
+            commands = [("HMGET", channel, "epoch", "offset") for channel in channels]
+            _, *stored = await self._link.ask_each([("PING",), *commands])
         except (RedisUnavailable, RedisMisconfigured, ScriptFailed) as error:
             self._outage.begin(str(error))
             return False

@@ -242,11 +242,32 @@ class RedisLink:
         return replies
 
     async def _run_each(self, calls: Sequence[ScriptCall]) -> list[Any]:
+        return await self._on_connection(lambda connection: self._exchange(connection, calls))
+
+    async def ask_each(self, commands: Sequence[tuple[str | bytes | int, ...]]) -> list[Any]:
+        """Send commands in one pipeline.
+
+        Returns:
+            For each its answer, an error that Redis answered as an exception.
+
+        Raises:
+            RedisUnavailable, RedisMisconfigured: As for ``run``.
+        """
+
+        async def ask(connection: AbstractConnection) -> list[Any]:
+            await connection.connect()  # type: ignore[no-untyped-call]
+            return await self._write_and_read(connection, [pack(*words) for words in commands])
+
+        return await self._on_connection(ask)
+
+    async def _on_connection(
+        self, exchange: Callable[[AbstractConnection], Awaitable[list[Any]]]
+    ) -> list[Any]:
         with mapped_errors(self.url):
             connection: AbstractConnection = await self.pool.get_connection()  # type: ignore[no-untyped-call]
         try:
             with mapped_errors(self.url):
-                return await self._exchange(connection, calls)
+                return await exchange(connection)
         except BaseException:
             # Answers may still be on their way; another caller must not read them as its own.
             await connection.disconnect(nowait=True)
@@ -347,9 +368,14 @@ class RedisLink:
     async def _send(self, connection: AbstractConnection, calls: Sequence[ScriptCall]) -> list[Any]:
         instance = self.instance_of(connection)
         commands = [pack(*self.command(call, instance)) for call in calls]
+        return await self._write_and_read(connection, commands)
+
+    async def _write_and_read(
+        self, connection: AbstractConnection, commands: Sequence[bytes]
+    ) -> list[Any]:
         await connection.send_packed_command(b"".join(commands))
         replies: list[Any] = []
-        for _ in calls:
+        for _ in commands:
             try:
                 replies.append(await connection.read_response())
             except redis_errors.ResponseError as error:
