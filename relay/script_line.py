@@ -77,7 +77,8 @@ class ScriptLine:
         """Make script calls; one that fails does not hide the others' answers.
 
         Returns:
-            For each call its answer, or the ``ScriptFailed`` that it ended with.
+            For each call its answer, or the ``ScriptFailed`` that it ended with; ``KeyTaken``
+            where a key holds something else.
 
         Raises:
             RedisUnavailable, RedisMisconfigured: No connection, no answer in time, "not now" from
@@ -95,9 +96,12 @@ class ScriptLine:
                     raise refused
             for index, reply in zip(missing, again[len(scripts) :], strict=True):
                 replies[index] = reply
-        return [
-            self._outcome_of(call.script, reply) for call, reply in zip(calls, replies, strict=True)
-        ]
+        for index, call in enumerate(calls):
+            outcome = self._outcome_of(call.script, replies[index])
+            if isinstance(outcome, ScriptFailed):
+                outcome = await self._link.locate(call.keys, outcome)
+            replies[index] = outcome
+        return replies
 
     async def _ask(self, scripts: Sequence[Script], calls: Sequence[ScriptCall]) -> list[Any]:
         """Load scripts and make calls; gives what Redis answers, errors as exceptions."""

@@ -244,7 +244,7 @@ class RedisLink:
     async def _run_each(self, calls: Sequence[ScriptCall]) -> list[Any]:
         return await self._on_connection(lambda connection: self._exchange(connection, calls))
 
-    async def ask_each(self, commands: Sequence[tuple[str | bytes | int, ...]]) -> list[Any]:
+    async def ask_each(self, commands: Sequence[tuple[str, ...]]) -> list[Any]:
         """Send commands in one pipeline.
 
         Returns:
@@ -325,7 +325,7 @@ class RedisLink:
             found = await self._find_misfit(key_probes.probes(keys))
             if found is None:
                 listings = key_probes.list_members(keys)
-                members = await self._ask(listings)
+                members = await self.ask_each(listings)
                 names: list[str] = []
                 for (_, set_key, *_), listed in zip(listings, members, strict=True):
                     names += key_probes.member_keys(set_key, listed)
@@ -338,18 +338,11 @@ class RedisLink:
         return KeyTaken(key_probes.explain(found))
 
     async def _find_misfit(self, probes: Sequence[key_probes.Probe]) -> key_probes.Probe | None:
-        answers = await self._ask([probe.command for probe in probes])
+        answers = await self.ask_each([probe.command for probe in probes])
         for probe, answer in zip(probes, answers, strict=True):
             if isinstance(answer, Exception) and key_probes.is_wrong_type(str(answer)):
                 return probe
         return None
-
-    async def _ask(self, commands: Sequence[tuple[str, ...]]) -> list[Any]:
-        with mapped_errors(self.url):
-            pipeline = self.client.pipeline(transaction=False)
-            for command in commands:
-                pipeline.execute_command(*command)
-            return list(await pipeline.execute(raise_on_error=False))
 
     def instance_of(self, connection: AbstractConnection) -> str:
         """Give the identity of the server that a connection leads to."""
