@@ -48,6 +48,7 @@ function grow(drawn, block) {
     case "code":
       if (before.language !== block.language || !block.text.startsWith(before.text)) return false;
       drawn.inner.appendData(block.text.slice(before.text.length));
+      drawn.node.toggleAttribute("data-open", !block.isClosed);
       break;
     case "list":
       if (before.isOrdered !== block.isOrdered || before.isTight !== block.isTight) return false;
@@ -143,7 +144,7 @@ function drawCode(block) {
   );
   const node = element(
     "div",
-    { class: "code-block" },
+    { class: "code-block", "data-open": block.isClosed ? null : "" },
     head,
     element("pre", { tabindex: "0" }, code),
   );

@@ -102,6 +102,9 @@ function parseFence(lines, index) {
     isClosed = line.length >= fence.length && line === fence[0].repeat(line.length);
     if (!isClosed) content.push(lines[to].slice(Math.min(indent.length, indentOf(lines[to]))));
   }
+  // The text may have stopped, for now or for good, within the fence that closes the block.
+  const last = isClosed ? "" : (content.at(-1)?.trim() ?? "");
+  if (last && last === fence[0].repeat(last.length)) content.pop();
   const language = info.trim().split(/\s/, 1)[0].slice(0, 40);
   return { type: "code", language, text: content.join("\n"), isClosed, to };
 }

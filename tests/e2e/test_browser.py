@@ -459,8 +459,15 @@ async def test_long_names_fit_the_narrowest_screen_in_every_state(
     assert await tab.page.evaluate(_MISFITS) == []
     lines = "() => [...document.querySelectorAll('.byline')].map((one) => one.clientHeight)"
     assert max(await tab.page.evaluate(lines)) < 40
+    code = tab.page.locator(".code-block pre")
+    await expect(code).to_have_text("print(1)")
+    label = "getComputedStyle(document.querySelector('.code-language'), '::after').content"
+    assert "cut off" not in await tab.page.evaluate(label)
     await tab.get("stop").click()
     await tab.wait_answer("cancelled")
+    # What was being written says that it is a part.
+    await expect(code).to_have_text("print(1)")
+    assert "cut off" in await tab.page.evaluate(label)
     assert await tab.page.evaluate(_MISFITS) == []
     await mortal.kill()
     await tab.wait_state("reconnecting")

@@ -61,6 +61,15 @@ describe("blocks", () => {
     assert.deepEqual(rest, []);
   });
 
+  test("a fence that has begun to close is no part of the code", () => {
+    for (const end of ["`", "``"]) {
+      const [block] = parse(`\`\`\`py\nx = 1\n${end}`);
+      assert.deepEqual([block.text, block.isClosed], ["x = 1", false]);
+    }
+    assert.equal(parse("```py\nx = 1\n``y")[0].text, "x = 1\n``y");
+    assert.equal(parse("```py\n``\nx = 1")[0].text, "``\nx = 1");
+  });
+
   test("a shorter fence does not close a longer one", () => {
     assert.equal(parse("````\n```\n````")[0].text, "```");
   });

@@ -42,6 +42,7 @@ async def tell(run: Run) -> None:
 @worker.agent(LONG_NAME, description="Works until it is stopped.")
 async def work_on(run: Run) -> None:
     """Give the page something to stop, under a name that is hard to fit anywhere."""
+    await run.delta("```python\nprint(1)\n``")
     async with run.tool("look_into_everything_there_is", {}, "Look into everything there is"):
         await run.progress(30)
         await asyncio.sleep(60)
