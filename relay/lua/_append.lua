@@ -2,7 +2,7 @@
 
 -- Entries lie flat: five values for each, in the order of a live message.
 local function new_batch()
-  return {entries = {}, count = 0, bytes = 0, has_logged = false}
+  return {entries = nil, count = 0, bytes = 0, has_logged = false}
 end
 
 -- `offset` is text.
@@ -79,9 +79,14 @@ local function append(channel, batch, kind, seq, run_id, event, digest, is_termi
     channel.length = channel.length + 1
     batch.has_logged = true
   end
-  local entries, at = batch.entries, batch.count * 5
-  entries[at + 1], entries[at + 2], entries[at + 3] = offset, seq, kind
-  entries[at + 4], entries[at + 5] = run_id, staged and '' or event
+  local entries, at, body = batch.entries, batch.count * 5, staged and '' or event
+  if entries then
+    entries[at + 1], entries[at + 2], entries[at + 3] = offset, seq, kind
+    entries[at + 4], entries[at + 5] = run_id, body
+  else
+    -- Most batches have one event: a table of its size need not grow step by step.
+    batch.entries = {offset, seq, kind, run_id, body}
+  end
   batch.count = batch.count + 1
   batch.bytes = batch.bytes + size + #run_id + 24
   return offset
@@ -171,14 +176,14 @@ end
 
 -- A live message: msgpack of [version, epoch, [[offset, seq, kind, run id, event], …]], written
 -- from its parts because tables for the packer cost more than the rest of it. 0x93 begins an array
--- of three, 0x95 one of five, 0x9n one of n, 0xdc a longer one.
+-- of three, 0x95 one of five, 0x9n one of n, 0xdc a longer one, 0xa0 and the length a short text.
 local function live_message(channel, batch)
   local entries, count = batch.entries, batch.count
   local pack = cmsgpack.pack
   -- Claim check: subscribers read the log, their output buffers never hold megabytes.
   local is_claim = batch.bytes >= BODY_THRESHOLD_BYTES
-  if count == 1 then
-    return '\147' .. pack(WIRE_VERSION, channel.epoch) .. '\145\149'
+  if count == 1 and #channel.epoch < 32 then
+    return '\147' .. string.char(WIRE_VERSION, 160 + #channel.epoch) .. channel.epoch .. '\145\149'
       .. pack(entries[1], entries[2], entries[3], entries[4], is_claim and '' or entries[5])
   end
   local parts = {'\147', pack(WIRE_VERSION, channel.epoch), count < 16 and string.char(144 + count)

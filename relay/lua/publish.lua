@@ -60,7 +60,9 @@ end
 
 local before = channel.offset
 local batch = new_batch()
-local progress = {status = run[1], seq = tonumber(run[3]), attempt = run[6]}
+-- Room for what applying events notes in it.
+local progress = {status = run[1], seq = tonumber(run[3]), attempt = run[6], changes = nil,
+  last_event = nil, seq_text = nil, ended_at = nil, ended_with = nil}
 apply_events(channel, batch, run_id, progress, 11, #ARGV, staged)
 local last, seq = channel.offset_text or int(before), progress.seq_text
 local first = channel.offset == before + 1 and last or int(before + 1)
