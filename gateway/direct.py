@@ -72,12 +72,16 @@ class TickWriter:
 
     Args:
         metrics: Counts what was sent.
+
+    Attributes:
+        events: How many of the frames gathered in this tick are events.
     """
 
-    __slots__ = ("_metrics", "_touched")
+    __slots__ = ("_metrics", "_touched", "events")
 
     def __init__(self, metrics: GatewayMetrics) -> None:
         self._metrics = metrics
+        self.events = 0
         self._touched: list[DirectTransport] = []
 
     def touch(self, transport: DirectTransport) -> None:
@@ -111,6 +115,8 @@ class TickWriter:
     def _count(self, frames: int, sent_bytes: int) -> None:
         self._metrics.sent_frames += frames
         self._metrics.sent_bytes += sent_bytes
+        self._metrics.delivered_events += self.events
+        self.events = 0
 
 
 class DirectTransport(asyncio.Protocol):
@@ -223,6 +229,7 @@ class DirectTransport(asyncio.Protocol):
                 splice(publication.event, publication.offset, publication.seq)
             )
         if self._close is None:
+            self._ticks.events += 1
             self._add(data)
 
     def write_all(self, publications: Sequence[Publication]) -> None:

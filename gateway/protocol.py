@@ -451,7 +451,6 @@ class Connection:
 
     def write(self, publication: Publication) -> None:
         """Send an event."""
-        self._services.metrics.delivered_events += 1
         transport = self._transport
         if transport is not None:
             transport.write(publication)

@@ -111,6 +111,7 @@ class OutboxTransport:
 
     def write(self, publication: Publication) -> None:
         """Send an event."""
+        self._metrics.delivered_events += 1
         self._add(publication.frame)
 
     def write_all(self, publications: Sequence[Publication]) -> None:

@@ -38,12 +38,17 @@ class Ring:
             kept = self._kept = deque()
         kept.append(publication)
         # Its bytes are held twice, stored and framed.
-        size = self._size + 2 * len(publication.event) + PUBLICATION_OVERHEAD_BYTES
-        while size > self._budget and kept:
+        self._size += 2 * len(publication.event) + PUBLICATION_OVERHEAD_BYTES
+        if self._size > self._budget:
+            self._trim(kept)
+
+    def _trim(self, kept: deque[Publication]) -> None:
+        # A few at a time: this is about every event that is delivered.
+        enough = self._budget - self._budget // 16
+        while self._size > enough and kept:
             oldest = kept.popleft()
-            size -= 2 * len(oldest.event) + PUBLICATION_OVERHEAD_BYTES
+            self._size -= 2 * len(oldest.event) + PUBLICATION_OVERHEAD_BYTES
             self.start = oldest.offset
-        self._size = size
 
     def restart(self, offset: int) -> None:
         """Forget everything; what follows comes after this offset."""
