@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: help run setup check test faults mutations bench bench-accept scale soak clean
+.PHONY: help run setup check test test-compiled wheel faults mutations bench bench-accept scale soak clean
 
 # More arguments for the command behind run, test, faults, bench, scale and soak.
 ARGS ?=
@@ -36,6 +36,8 @@ help:
 	@echo 'make setup    make .venv with everything for development'
 	@echo 'make check    lint, format, types, import contracts'
 	@echo 'make test     all tests but the full fault rounds (ARGS="-k name" to choose)'
+	@echo 'make test-compiled  the tests of delivery, on the compiled wheel (needs a C compiler)'
+	@echo 'make wheel    the compiled wheel for this Python and system, in dist/ (needs a C compiler)'
 	@echo 'make faults   the full fault rounds'
 	@echo 'make mutations  take one safeguard at a time out of a copy; its tests must go red'
 	@echo 'make bench    throughput, latency and memory (under 10 minutes); bench-accept accepts its ratios'
@@ -57,6 +59,14 @@ check: setup
 test: setup
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 	@echo 'make test: all passed.'
+
+test-compiled: setup
+	$(BIN)/python -m tests.compiled $(ARGS)
+	@echo 'make test-compiled: all passed.'
+
+wheel: setup
+	HATCH_BUILD_HOOK_ENABLE_MYPYC=1 $(BIN)/python -m build
+	@echo 'make wheel: the compiled wheel for this Python and system is in dist/.'
 
 faults: setup
 	$(BIN)/python -m pytest -m "faults_full or faults_both" --timeout 1800 $(ARGS)

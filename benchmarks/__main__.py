@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from benchmarks import guard
+from benchmarks.compiled import compiled_relay
 from benchmarks.measures import (
     bridge,
     encoding,
@@ -27,7 +28,12 @@ from benchmarks.measures import (
     worker_memory,
 )
 from benchmarks.measuring import Measure, exit_status, measure_all
-from benchmarks.processes import Placement, raise_file_limit, stop_in_order_on_sigterm
+from benchmarks.processes import (
+    BenchmarkFailed,
+    Placement,
+    raise_file_limit,
+    stop_in_order_on_sigterm,
+)
 from benchmarks.report import FAULT_ROUNDS, kept_section, render
 from benchmarks.stage import Plan
 
@@ -66,8 +72,13 @@ def main() -> int:
     if options.profile is not None:
         options.profile.mkdir(parents=True, exist_ok=True)
         chosen[profile.NAME] = profile.measure
+    try:
+        compiled = None if options.quick else compiled_relay(_say)
+    except BenchmarkFailed as failure:
+        print(f"Error: {failure}", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory(prefix="agent-relay-bench-") as folder:
-        plan = Plan(options.quick, Path(folder), Placement(), _say, options.profile)
+        plan = Plan(options.quick, Path(folder), Placement(), _say, options.profile, compiled)
         sections = measure_all(chosen, plan)
     is_worse = False
     if not options.quick:
@@ -80,7 +91,9 @@ def main() -> int:
     path = options.output or (None if options.quick or options.only else RESULTS)
     if path is not None:
         kept = kept_section(path, FAULT_ROUNDS)
-        path.write_text(render(sections, _command(options), load_before, seconds) + kept)
+        is_compiled = compiled is not None
+        text = render(sections, _command(options), load_before, seconds, is_compiled=is_compiled)
+        path.write_text(text + kept)
         print(f"Written: {path}")
     print(f"Took {seconds:.0f} s.")
     return exit_status(sections, is_worse=is_worse, is_quick=options.quick)

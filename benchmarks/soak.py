@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from benchmarks.compiled import compiled_relay
 from benchmarks.figures import DISTRIBUTION_COLUMNS, Distribution, Table, over_rounds
 from benchmarks.load import (
     open_channels,
@@ -242,7 +243,8 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="agent-relay-soak-") as folder:
         try:
-            text, is_well = soak(Plan(False, Path(folder), Placement(), say), options.minutes)
+            plan = Plan(False, Path(folder), Placement(), say, compiled=compiled_relay(say))
+            text, is_well = soak(plan, options.minutes)
         except BenchmarkFailed as failure:
             print(f"Error: {failure}", file=sys.stderr)
             return 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
+from benchmarks.compiled import environment
 from benchmarks.load import LoadClient, Target
 from benchmarks.native import compile_program
 from benchmarks.processes import (
@@ -39,6 +40,7 @@ class Plan:
         is_quick: Seconds instead of minutes; the figures are then good for a glance only.
         folder: For temporary files.
         profile_folder: Where profiles go; None: nothing is profiled.
+        compiled: Where the relay's compiled packages are; None: gateways run from the source.
         say: Tells the user what is being measured.
     """
 
@@ -47,6 +49,7 @@ class Plan:
     placement: Placement
     say: Callable[[str], None]
     profile_folder: Path | None = None
+    compiled: Path | None = None
 
     def size(self, full: _Size, quick: _Size) -> _Size:
         return quick if self.is_quick else full
@@ -85,11 +88,24 @@ class Stage:
         self._stack.callback(started.stop)
         return started
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether gateways run the compiled packages."""
+        return self._plan.compiled is not None
+
     def redis(self) -> RedisProcess:
         return self._start("rest", lambda: RedisProcess(self._plan.folder))
 
-    def gateway(self, server: RedisProcess, command: Sequence[str] | None = None) -> Gateway:
-        return self._start("gateway", lambda: Gateway(server.url, command=command))
+    def gateway(
+        self,
+        server: RedisProcess,
+        command: Sequence[str] | None = None,
+        *,
+        from_source: bool = False,
+    ) -> Gateway:
+        is_source = from_source or command is not None
+        env = environment(None if is_source else self._plan.compiled)
+        return self._start("gateway", lambda: Gateway(server.url, command=command, env=env))
 
     def starlette(self, server: RedisProcess) -> PortServer:
         """Start the usual way: see ``reference_starlette``."""

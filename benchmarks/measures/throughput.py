@@ -32,7 +32,8 @@ BURST = 5
 ON_THEIR_WAY = 4
 """Events for each user, on average. With fewer, gateways would wait for the load."""
 
-RELAY, USUAL, FLOOR, FLOOR_TICK = "relay", "usual way", "C floor", "C floor, one send a tick"
+RELAY, SOURCE = "relay", "relay, from source"
+USUAL, FLOOR, FLOOR_TICK = "usual way", "C floor", "C floor, one send a tick"
 
 _METHOD = """\
 {users} users with one connection each on one gateway process{pinned}. The load generator publishes
@@ -44,7 +45,8 @@ An event has {stored} bytes stored and {frame} as a frame, the same for all cand
 *usual way*: a Starlette WebSocket with a redis-py PubSub per connection, without tokens,
 positions, history, budgets or metrics (`benchmarks/reference_starlette.py`). *C floor*: one `send`
 per event, nothing else (`benchmarks/native/floor.c`); *one send a tick*: one per socket and read
-from Redis. The relay is measured with all of its promises on.
+from Redis. The relay is measured with all of its promises on; *relay* is its compiled wheel where
+there is a compiler, *relay, from source* what runs without one.
 
 *one at a time*: each PUBLISH carries one event, for the next user in turn. *bursts of {burst}*:
 {burst} PUBLISHes for one user back to back. *batches of {burst}*: one PUBLISH with {burst} events,
@@ -85,7 +87,7 @@ def measure(plan: Plan) -> Section:
         for number in range(rounds):
             plan.say(f"throughput, round {number + 1} of {rounds}")
             for candidate in candidates:
-                modes = _MODES | (_BATCHES if candidate.name == RELAY else {})
+                modes = _MODES | (_BATCHES if candidate.name in (RELAY, SOURCE) else {})
                 for mode, (burst, batched) in modes.items():
                     _run(candidate, mode, burst, batched, seconds, users)
     return _section(plan, candidates, users, rounds, seconds)
@@ -93,11 +95,15 @@ def measure(plan: Plan) -> Section:
 
 def _start(stage: Stage, server: RedisProcess, users: int) -> list[_Candidate]:
     open_channels(server, users)
-    gateway = stage.gateway(server)
-    load = stage.load([relay_target(user, gateway.port) for user in range(users)])
-    load.connect(is_relay=True)
-    load.use_redis(server, relay_feeds(server, users))
-    candidates = [_Candidate(RELAY, gateway.process, load)]
+    gateways = {RELAY: stage.gateway(server)}
+    if stage.is_compiled:
+        gateways[SOURCE] = stage.gateway(server, from_source=True)
+    candidates = []
+    for name, gateway in gateways.items():
+        load = stage.load([relay_target(user, gateway.port) for user in range(users)])
+        load.connect(is_relay=True)
+        load.use_redis(server, relay_feeds(server, users))
+        candidates.append(_Candidate(name, gateway.process, load))
     references = {
         USUAL: stage.starlette(server),
         FLOOR: stage.floor(server, "each"),
@@ -148,7 +154,8 @@ def _section(
     for other in candidates[1:]:
         cells = []
         for mode in (*_MODES, *_BATCHES):
-            base = f"bursts of {BURST}" if mode in _BATCHES else mode
+            has_batches = other.name == SOURCE
+            base = f"bursts of {BURST}" if mode in _BATCHES and not has_batches else mode
             # By round: what else the machine does then weighs on both sides.
             by_round = [
                 mine / theirs
