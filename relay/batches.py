@@ -19,8 +19,14 @@ from relay.events import Kind
 BATCH_BYTES = 512 * 1024
 """A batch ends when it passes this; one larger event is a batch of its own."""
 
-REPLAY_BYTES = 1024 * 1024
-"""Acknowledged batches kept, in case Redis falls back to an older copy and asks again."""
+REPLAY_BYTES = 2 * 1024 * 1024
+"""Acknowledged batches kept, in case Redis falls back to an older copy and asks again.
+
+At the pace of a fast model, a minute of text: longer than a replica may lag behind.
+"""
+
+ITEM_OVERHEAD_BYTES = 400
+"""What an event takes beside its bytes while it is kept: its batch, its arguments, the objects."""
 
 STAGE_ABOVE_BYTES = 256 * 1024
 """A larger event is written to Redis in pieces beforehand: one script call would hold it up."""
@@ -63,6 +69,8 @@ class Batch:
     """A numbered batch. It is sent again exactly as it is until it is acknowledged.
 
     Attributes:
+        size_bytes: What the agent gave: events, and text without the envelope of its events.
+        kept_bytes: What it takes to keep it; for a few letters of text many times that.
         bodies: Events to stage beforehand, by their index in the batch.
         is_staged: Whether Redis has them, as far as is known.
     """
@@ -70,6 +78,7 @@ class Batch:
     number: int
     arguments: Arguments
     size_bytes: int
+    kept_bytes: int
     bodies: tuple[tuple[int, bytes], ...] = ()
     is_staged: bool = False
 
@@ -223,13 +232,15 @@ class OutgoingBatches:
     def _freeze(self) -> Batch:
         arguments: list[int | str | bytes] = []
         bodies: list[tuple[int, bytes]] = []
-        size = count = 0
+        size = kept = count = 0
         pending = self._pending
         while pending and (size == 0 or size + pending[0].size_bytes <= BATCH_BYTES):
             item = pending.popleft()
             size += item.size_bytes
             if isinstance(item, _Text):
-                arguments += self._encode_text(item)
+                text, event = self._encode_text(item)
+                arguments += (_KIND_TEXT, "", item.message_id, text, event, item.bytes_before)
+                kept += len(event)
             else:
                 arguments += item.arguments
                 if item.body is not None:
@@ -238,14 +249,16 @@ class OutgoingBatches:
         if not pending:
             self._open_text = None
         self._has_urgent = bool(pending)
-        batch = Batch(self._next_number, tuple(arguments), size, tuple(bodies))
+        kept += size + count * ITEM_OVERHEAD_BYTES
+        batch = Batch(self._next_number, tuple(arguments), size, kept, tuple(bodies))
         self._next_number += 1
         return batch
 
-    def _encode_text(self, item: _Text) -> Arguments:
+    def _encode_text(self, item: _Text) -> tuple[str, bytes]:
         text = "".join(item.pieces)
-        event = self.encoder.encode_text(item.timestamp_ms, item.message_id, item.position, text)
-        return (_KIND_TEXT, "", item.message_id, text, event, item.bytes_before)
+        return text, self.encoder.encode_text(
+            item.timestamp_ms, item.message_id, item.position, text
+        )
 
     def receive_answer(self, batch: Batch, answer: Sequence[Any]) -> Acknowledged | None:
         """Take the script's answer to a batch.
@@ -287,9 +300,9 @@ class OutgoingBatches:
 
     def _remember(self, batch: Batch) -> None:
         self._acknowledged.append(batch)
-        self._acknowledged_bytes += batch.size_bytes
+        self._acknowledged_bytes += batch.kept_bytes
         while self._acknowledged_bytes > REPLAY_BYTES and len(self._acknowledged) > 1:
-            self._acknowledged_bytes -= self._acknowledged.popleft().size_bytes
+            self._acknowledged_bytes -= self._acknowledged.popleft().kept_bytes
 
     def _send_again_from(self, number: int) -> None:
         """History was rewound: put what Redis has lost before what it has not yet seen."""
@@ -299,6 +312,6 @@ class OutgoingBatches:
             self._is_forced = True
         for batch in reversed(again):
             self._acknowledged.pop()
-            self._acknowledged_bytes -= batch.size_bytes
+            self._acknowledged_bytes -= batch.kept_bytes
             self._sending.appendleft(batch)
             self.size_bytes += batch.size_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import tracemalloc
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,6 +159,27 @@ def test_a_rewind_further_than_the_buffer_goes_on_by_force(
     agent.outgoing.add_event(event_columns(7))
     _, arguments = agent.outgoing.next_batch()
     assert arguments[4] == ""
+
+
+def test_what_is_kept_for_a_rewind_takes_no_more_memory_than_it_may() -> None:
+    outgoing = Agent(random.Random(0)).outgoing
+
+    def stream(pieces: int) -> None:
+        for number in range(pieces):
+            outgoing.add_text(f"a few letters {number}", 0)
+            batch, arguments = outgoing.next_batch()
+            outgoing.receive_answer(batch, [b"ok", b"e1", b"1", b"1", b"1", b"", b"", b""])
+            del batch, arguments
+
+    stream(10)
+    tracemalloc.start()
+    try:
+        stream(6_000)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # It is full, and what is counted is about what it takes.
+    assert 0.7 * batches.REPLAY_BYTES < kept < 1.1 * batches.REPLAY_BYTES
 
 
 def event_columns(number: int) -> Any:
