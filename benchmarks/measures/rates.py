@@ -15,20 +15,22 @@ from benchmarks.load import (
     relay_feeds,
     relay_target,
 )
-from benchmarks.processes import BenchmarkFailed, Process
+from benchmarks.processes import BenchmarkFailed, Gateway, Process
 from benchmarks.stage import Plan, Stage
 
 NAME = "rates"
 USERS = 500
 P99_RATE, P99_LIMIT = 5_000, 2.0
 P999_RATE = 20_000
+LAG_LIMIT_MS = 5.0
 RELAY, USUAL, FLOOR = "relay", "usual way", "C floor"
 
 _METHOD = """\
 {users} users with one connection each on one gateway process. The load generator publishes single
 events to Redis at a fixed rate, whatever comes back, each to the next user in turn. Latency counts
 from when an event was due to its arrival, so a generator or gateway that lags cannot hide it.
-Candidates take turns; medians of {rounds} rounds of {seconds:g} s."""
+Candidates take turns; medians of {rounds} rounds of {seconds:g} s. The relay's event loop tells by
+how much a timer of 100 ms was late at most in each of them (`relay_loop_lag_max_seconds`)."""
 
 
 def measure(plan: Plan) -> Section:
@@ -41,13 +43,15 @@ def measure(plan: Plan) -> Section:
         "Latency at fixed rates",
         _METHOD.format(users=users, rounds=rounds, seconds=seconds),
     )
+    lags_ms: dict[int, list[float]] = {rate: [] for rate in rates}
     with Stage(plan) as stage, Canary() as canary:
-        candidates = _start(stage, users)
+        gateway, candidates = _start(stage, users)
         for number in range(rounds):
             for rate in rates:
                 plan.say(f"latency at {rate:,} events/s, round {number + 1} of {rounds}")
                 for name, (process, load) in candidates.items():
                     before_s = process.cpu_s()
+                    gateway.metrics()
                     try:
                         count = load.pace(seconds, rate=rate)
                     except BenchmarkFailed as failure:
@@ -56,6 +60,8 @@ def measure(plan: Plan) -> Section:
                     used_s = process.cpu_s() - before_s
                     counts.setdefault((rate, name), []).append(count)
                     cpu_us.setdefault((rate, name), []).append(used_s / count.received * 1e6)
+                    if name == RELAY:
+                        lags_ms[rate].append(gateway.metrics()["relay_loop_lag_max_seconds"] * 1e3)
     columns = ["events/s", "candidate", *DISTRIBUTION_COLUMNS, "delivered/s", "CPU us/event"]
     table = Table(columns)
     for (rate, name), parts in counts.items():
@@ -66,6 +72,10 @@ def measure(plan: Plan) -> Section:
         section.figures[f"rates.{rate}.{name}.p99_ms"] = latency.p99_ms
     section.tables = [table]
     _compare(section, counts)
+    for rate in rates:
+        if rate < P999_RATE and lags_ms[rate]:
+            title = f"longest lag of the event loop at {rate:,} events/s"
+            section.checks.append(Check(title, median(lags_ms[rate]), LAG_LIMIT_MS, "ms"))
     section.notes.append(canary.note())
     return section
 
@@ -90,7 +100,7 @@ def _compare(section: Section, counts: dict[tuple[int, str], list[Count]]) -> No
             )
 
 
-def _start(stage: Stage, users: int) -> dict[str, tuple[Process, LoadClient]]:
+def _start(stage: Stage, users: int) -> tuple[Gateway, dict[str, tuple[Process, LoadClient]]]:
     server = stage.redis()
     open_channels(server, users)
     gateway = stage.gateway(server)
@@ -109,4 +119,4 @@ def _start(stage: Stage, users: int) -> dict[str, tuple[Process, LoadClient]]:
         load.connect(is_relay=False)
         load.use_redis(server, plain_feeds(users, label))
         started[name] = (reference.process, load)
-    return started
+    return gateway, started
