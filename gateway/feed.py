@@ -19,7 +19,7 @@ from gateway.history_reader import HistoryReader
 from gateway.outage import Outage
 from gateway.position_check import PositionCheck
 from gateway.user_feed import ClientSink, UserFeed
-from relay.codec import decode_live, parse_position
+from relay.codec import parse_position, read_live
 from relay.errors import DecodingFailed
 from relay.keys import Keys
 from relay.recovery import Advance, Broken, Cursor, CursorState, Since
@@ -213,7 +213,7 @@ class FeedHub:
                 listener(payload)
             return
         try:
-            batch = decode_live(payload)
+            batch = read_live(payload)
         except DecodingFailed as error:
             # Nobody may miss what it stood for: history has it in a form that we understand.
             self._complain(channel, error)

@@ -248,33 +248,43 @@ class LiveBatch(NamedTuple):
 
 
 _unpack = msgpack.unpackb
-# What a named tuple's own constructor does, without the call in between.
-_new = tuple.__new__
 _ENTRY = 5
 
 
 def decode_live(payload: bytes) -> LiveBatch:
-    """Read a live message ``[version, epoch, [[offset, seq, kind, run_id, event], …]]``.
+    """Read a live message; see ``read_live``.
 
-    Elements that a newer writer appends are ignored.
+    Raises:
+        DecodingFailed: It is not such a message, or its version is not ours.
+    """
+    return LiveBatch(*read_live(payload))
+
+
+def read_live(payload: bytes) -> tuple[str, list[Publication]]:
+    """Give epoch and publications of a live message.
+
+    It is ``[version, epoch, [[offset, seq, kind, run_id, event], …]]``. Elements that a newer
+    writer appends are ignored.
 
     Raises:
         DecodingFailed: It is not such a message, or its version is not ours.
     """
     try:
-        message = _unpack(payload, raw=True)
+        message: list[Any] = _unpack(payload, raw=True)
         if message[0] != WIRE_VERSION:
             raise DecodingFailed(f"live message of version {message[0]!r}, expected {WIRE_VERSION}")
         publications = []
-        for entry in message[2]:
+        entries: list[list[Any]] = message[2]
+        for entry in entries:
             offset, seq, kind, run_id, event = entry if len(entry) == _ENTRY else entry[:_ENTRY]
             # Only whole numbers can be joined like this: quicker than a question for each.
             if offset | seq | kind < 0 or type(event) is not bytes:
                 raise TypeError("an entry of another form")  # noqa: TRY301 -- no call for each event
             publications.append(Publication(offset, seq, kind, run_id.decode(), event))
-        return _new(LiveBatch, (message[1].decode(), publications))
+        epoch: str = message[1].decode()
     except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         raise DecodingFailed(f"not a live message: {type(error).__name__}") from error
+    return epoch, publications
 
 
 class Task(NamedTuple):

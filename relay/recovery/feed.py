@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from relay.codec import LiveBatch, Publication
+from relay.codec import Publication
 from relay.recovery.cursor import Cursor, CursorState
 from relay.recovery.effects import (
     NOTHING_KNOWN,
@@ -125,8 +125,8 @@ class Feed:
         epoch = self.epoch or ""
         return Read(requester, generation, epoch, after, with_runs, known, self._seen)
 
-    def receive_live(self, batch: LiveBatch) -> None:
-        """Take a live message."""
+    def receive_live(self, batch: tuple[str, Sequence[Publication]]) -> None:
+        """Take a live message: its epoch, and its publications in offset order."""
         epoch, publications = batch
         if self.state is not _LIVE or epoch != self.epoch:
             self._receive_early(epoch, publications)
