@@ -17,6 +17,8 @@ from relay.events import format_timestamp
 
 ThreadPolicy = Literal["enqueue", "reject", "interrupt", "parallel"]
 _RUN_ID_BYTES = 15
+_LAST_MS = 253_402_300_799_999
+"""The end of the year 9999, the last that ISO 8601 writes with four digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ class RunSummary:
     seq: int
     first_offset: int
     open_tools: Mapping[str, str]
-    open_inputs: Mapping[str, str]
+    open_inputs: Mapping[str, Mapping[str, Any]]
     cancel_requested: bool
     created_ms: int
     ended_ms: int | None
@@ -201,8 +203,7 @@ class RunSummary:
                 {"tool_call_id": call, "tool_name": name} for call, name in self.open_tools.items()
             ],
             "open_inputs": [
-                {"request_id": request, **orjson.loads(data)}
-                for request, data in self.open_inputs.items()
+                {"request_id": request, **data} for request, data in self.open_inputs.items()
             ],
             "cancel_requested": self.cancel_requested,
             "created_at": format_timestamp(self.created_ms),
@@ -267,11 +268,22 @@ def summary_from_row(row: Sequence[bytes]) -> RunSummary:
                 call: OpenTool.decode(text).name
                 for call, text in orjson.loads(tools or b"{}").items()
             },
-            open_inputs=orjson.loads(inputs or b"{}"),
+            open_inputs={
+                request: dict(orjson.loads(data))
+                for request, data in orjson.loads(inputs or b"{}").items()
+            },
             cancel_requested=bool(cancel),
-            created_ms=int(created),
-            ended_ms=int(ended) if ended else None,
+            created_ms=_time_ms(created),
+            ended_ms=_time_ms(ended) if ended else None,
             parent_run_id=row[13].decode() or None,
         )
-    except (ValueError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
         raise DecodingFailed(f"a run's hash cannot be read: {error}") from error
+
+
+def _time_ms(text: bytes) -> int:
+    time_ms = int(text)
+    if not 0 <= time_ms <= _LAST_MS:
+        # It would fail where it is shown, far from its cause.
+        raise ValueError(f"{time_ms} ms is no date")
+    return time_ms
