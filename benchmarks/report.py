@@ -68,7 +68,8 @@ def machine(seconds: float, load_before: float | None = None, *, is_compiled: bo
         "Duration": f"{seconds:.0f} s",
         "Gateways run": "the compiled wheel" if is_compiled else "the source",
         "Redis": _redis_version(),
-        "Python": platform.python_version(),
+        "Python": f"{platform.python_version()}, built {platform.python_build()[1]} "
+        f"with {platform.python_compiler()}",
         "Packages": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]

@@ -7,7 +7,7 @@ others to judge; here it is complete, unmasked, within its size and, where it is
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 MAX_FRAGMENTS = 1_000
 """Of one message. A message in so many pieces is there to keep us busy."""
@@ -66,8 +66,8 @@ def header(opcode: int, size_bytes: int) -> bytes:
     return bytes((_FIN | opcode, 127)) + size_bytes.to_bytes(8)
 
 
-_COMMON_BYTES = 1_024
-_TEXT_HEADERS = tuple(header(Opcode.TEXT, size_bytes) for size_bytes in range(_COMMON_BYTES))
+_COMMON_BYTES: Final = 1_024
+_TEXT_HEADERS: Final = tuple(header(Opcode.TEXT, size_bytes) for size_bytes in range(_COMMON_BYTES))
 
 
 def frame(opcode: int, payload: bytes) -> bytes:

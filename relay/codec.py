@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgpack
 import orjson
@@ -247,8 +247,9 @@ class LiveBatch(NamedTuple):
     publications: Sequence[Publication]
 
 
-_unpack = msgpack.unpackb
-_ENTRY = 5
+# Final: in a compiled module constants, else a look into a dict for each event.
+_unpack: Final = msgpack.unpackb
+_ENTRY: Final = 5
 
 
 def decode_live(payload: bytes) -> LiveBatch:
@@ -275,6 +276,12 @@ def read_live(payload: bytes) -> tuple[str, list[Publication]]:
             raise DecodingFailed(f"live message of version {message[0]!r}, expected {WIRE_VERSION}")
         publications = []
         entries: list[list[Any]] = message[2]
+        # Declared, so that the compiled module looks at each value's type once.
+        offset: int
+        seq: int
+        kind: int
+        run_id: bytes
+        event: bytes
         for entry in entries:
             offset, seq, kind, run_id, event = entry if len(entry) == _ENTRY else entry[:_ENTRY]
             # Only whole numbers can be joined like this: quicker than a question for each.

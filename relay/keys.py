@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 from urllib.parse import quote, unquote
 
 CHANNEL_TTL_MARGIN_MS = 3_600_000
@@ -48,7 +49,7 @@ BODY_THRESHOLD_BYTES = 65_536
 LARGE_TEXT_BYTES = 262_144
 """A text with more to read is not given with a page of history: it is read piece by piece."""
 
-WIRE_VERSION = 1
+WIRE_VERSION: Final = 1
 """Version of live messages and tasks (ADR 0010).
 
 It counts forms that an older reader would misunderstand. What is only added (an element at the end,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 import hiredis
 import structlog
@@ -20,7 +20,10 @@ from redis.asyncio.connection import AbstractConnection
 CHUNK_BYTES = 64 * 1024
 """Read at a time; what is in one chunk is handled before the loop turns to others."""
 
-_INCOMPLETE = object()
+PIECE_BYTES: Final = 16 * 1024
+"""Given to the parser at a time: after each kilobyte it moves all that is left to its beginning."""
+
+_INCOMPLETE: Final = object()
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -113,23 +116,30 @@ class PubSubConnection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Hand over all that the chunk completes."""
         self.heard_at_s = self._loop.time()
-        reader, on_message = self._reader, self.on_message
-        # Any buffer will do, other than hiredis' own types say.
-        reader.feed(self._buffer, 0, nbytes)  # type: ignore[arg-type]
         try:
-            while (reply := reader.gets()) is not _INCOMPLETE:
-                if not isinstance(reply, list) or reply[0] != b"message":
-                    self._receive(reply)
-                    if self._transport is None:
-                        return
-                    continue
-                try:
-                    on_message(reply[1], reply[2])
-                except Exception:
-                    # The rest of the chunk belongs to others.
-                    log.exception("message not handled", channel=reply[1].decode())
+            for start in range(0, nbytes, PIECE_BYTES):
+                # Any buffer will do, other than hiredis' own types say.
+                self._reader.feed(self._buffer, start, min(PIECE_BYTES, nbytes - start))  # type: ignore[arg-type]
+                if not self._hand_over():
+                    return
         except hiredis.HiredisError as error:
             self.end(redis_errors.InvalidResponse(str(error)))
+
+    def _hand_over(self) -> bool:
+        """Hand over all that is complete; says whether to go on."""
+        reader, on_message = self._reader, self.on_message
+        while (reply := reader.gets()) is not _INCOMPLETE:
+            if not isinstance(reply, list) or reply[0] != b"message":
+                self._receive(reply)
+                if self._transport is None:
+                    return False
+                continue
+            try:
+                on_message(reply[1], reply[2])
+            except Exception:
+                # The rest of the chunk belongs to others.
+                log.exception("message not handled", channel=reply[1].decode())
+        return True
 
     def _receive(self, reply: Any) -> None:
         if isinstance(reply, list) and reply[0] == b"subscribe":

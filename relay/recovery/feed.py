@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from relay.codec import Publication
 from relay.recovery.cursor import Cursor, CursorState
@@ -21,7 +22,8 @@ from relay.recovery.pages import HEADER_ONLY, Page, TextMark, surviving_offset
 from relay.recovery.ring import Ring
 
 # Looked up for every event.
-_LIVE, _CURSOR_LIVE = FeedState.LIVE, CursorState.LIVE
+_LIVE: Final = FeedState.LIVE
+_CURSOR_LIVE: Final = CursorState.LIVE
 
 
 class Feed:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
+from typing import Final
 
 from relay.codec import Publication
 from relay.events import Kind
 
-PUBLICATION_OVERHEAD_BYTES = 400
+PUBLICATION_OVERHEAD_BYTES: Final = 400
 """What a kept publication costs beside its bytes: the object, its fields, its place in the ring."""
 
 
@@ -28,27 +28,32 @@ class Ring:
         self.start = 0
         self._budget = budget_bytes
         self._size = 0
-        # Most feeds are idle most of the time: an empty deque would be half of what they cost.
-        self._kept: deque[Publication] | None = None
+        # Most feeds are idle most of the time, and need no list.
+        self._kept: list[Publication] | None = None
 
     def push(self, publication: Publication) -> None:
         """Keep the next publication."""
         kept = self._kept
         if kept is None:
-            kept = self._kept = deque()
+            kept = self._kept = []
         kept.append(publication)
         # Its bytes are held twice, stored and framed.
         self._size += 2 * len(publication.event) + PUBLICATION_OVERHEAD_BYTES
         if self._size > self._budget:
             self._trim(kept)
 
-    def _trim(self, kept: deque[Publication]) -> None:
+    def _trim(self, kept: list[Publication]) -> None:
         # A few at a time: this is about every event that is delivered.
         enough = self._budget - self._budget // 16
-        while self._size > enough and kept:
-            oldest = kept.popleft()
-            self._size -= 2 * len(oldest.event) + PUBLICATION_OVERHEAD_BYTES
+        size, gone = self._size, 0
+        for oldest in kept:
+            if size <= enough:
+                break
+            size -= 2 * len(oldest.event) + PUBLICATION_OVERHEAD_BYTES
             self.start = oldest.offset
+            gone += 1
+        del kept[:gone]
+        self._size = size
 
     def restart(self, offset: int) -> None:
         """Forget everything; what follows comes after this offset."""

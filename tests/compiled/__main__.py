@@ -13,7 +13,14 @@ import sys
 from benchmarks.compiled import compiled_relay, environment
 from benchmarks.processes import ROOT, BenchmarkFailed
 
-COMPILED = ("relay.codec", "relay.recovery.feed", "relay.pubsub", "gateway.feed", "gateway.direct")
+COMPILED = (
+    "relay.codec",
+    "relay.recovery.feed",
+    "relay.pubsub",
+    "gateway.feed",
+    "gateway.direct",
+    "gateway.protocol",
+)
 TESTS = (
     "tests/unit/relay/test_codec.py",
     "tests/unit/relay/test_recovery.py",

@@ -15,6 +15,7 @@ from redis.asyncio.connection import AbstractConnection
 from agent_worker.signals import SignalListener
 from relay import subscriber
 from relay.errors import RedisUnavailable
+from relay.pubsub import CHUNK_BYTES, PIECE_BYTES
 from relay.scripts import RedisLink
 from relay.subscriber import SILENCE_S, SUBSCRIBE_CHUNK, Subscriber
 from tests.conftest import OwnRedis
@@ -76,6 +77,22 @@ async def test_messages_come_after_the_confirmation_and_in_order(
         await redis.publish(key_prefix, str(number))
     await heard.until_event("message", key_prefix, "99")
     assert heard.events[1:] == [("message", key_prefix, str(number)) for number in range(100)]
+
+
+async def test_messages_that_cross_the_bounds_of_chunks_and_pieces_come_whole_and_in_order(
+    heard: Heard, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    heard.subscriber.subscribe(key_prefix.encode())
+    await heard.until_event("confirmed", key_prefix)
+    # Together many chunks; single ones smaller than a piece, about as large, and several chunks.
+    sizes = [*range(1, 3_000, 7), PIECE_BYTES - 30, PIECE_BYTES, CHUNK_BYTES, 5 * CHUNK_BYTES, 3]
+    sent = [f"{number}:".ljust(size, "x") for number, size in enumerate(sizes)]
+    async with redis.pipeline(transaction=False) as pipeline:
+        for text in sent:
+            pipeline.publish(key_prefix, text)
+        await pipeline.execute()
+    await heard.until(lambda: len(heard.events) > len(sent))
+    assert heard.events[1:] == [("message", key_prefix, text) for text in sent]
 
 
 async def test_a_killed_connection_is_reported_and_everything_confirmed_again(
