@@ -222,16 +222,19 @@ class Feed:
         self._settle()
 
     def _deliver(self, publication: Publication) -> None:
+        is_awaited = False
         for cursor in self.cursors:
             if cursor.state is _CURSOR_LIVE:
                 try:
                     cursor.receive(publication)
                 except Exception as error:  # noqa: BLE001 -- one broken connection, not all
                     self.give_up(cursor, error)
+            if cursor.state is not _CURSOR_LIVE:
+                is_awaited = True
         self.head = offset = publication.offset
         if offset > self._seen:
             self._seen = offset
-        self._ring.push(publication)
+        self._ring.push(publication, is_awaited=is_awaited)
 
     # --- Cursors, each on its own: what is wrong with one connection holds up no other ---
 

@@ -12,11 +12,16 @@ PUBLICATION_OVERHEAD_BYTES: Final = 400
 """What a kept publication costs beside its bytes: the object, its fields, its place in the ring."""
 
 
+AT_REST_SHARE: Final = 8
+"""While nobody is behind, one part in so many of the budget is kept: what is kept for each of many
+users falls out of the processor's caches, and costs most when it is let go."""
+
+
 class Ring:
     """Recent publications without a gap, bounded in bytes.
 
     Args:
-        budget_bytes: The oldest go where all together pass it.
+        budget_bytes: The oldest go where all together pass it; at rest, a share of it.
 
     Attributes:
         start: Everything after this offset, up to the newest, is here.
@@ -31,20 +36,20 @@ class Ring:
         # Most feeds are idle most of the time, and need no list.
         self._kept: list[Publication] | None = None
 
-    def push(self, publication: Publication) -> None:
-        """Keep the next publication."""
+    def push(self, publication: Publication, *, is_awaited: bool) -> None:
+        """Keep the next publication; ``is_awaited`` where somebody is behind and may want it."""
         kept = self._kept
         if kept is None:
             kept = self._kept = []
         kept.append(publication)
         # Its bytes are held twice, stored and framed.
         self._size += 2 * len(publication.event) + PUBLICATION_OVERHEAD_BYTES
-        if self._size > self._budget:
-            self._trim(kept)
+        budget = self._budget if is_awaited else self._budget // AT_REST_SHARE
+        if self._size > budget:
+            # A few at a time: this is about every event that is delivered.
+            self._trim(kept, budget - budget // 4)
 
-    def _trim(self, kept: list[Publication]) -> None:
-        # A few at a time: this is about every event that is delivered.
-        enough = self._budget - self._budget // 16
+    def _trim(self, kept: list[Publication], enough: int) -> None:
         size, gone = self._size, 0
         for oldest in kept:
             if size <= enough:

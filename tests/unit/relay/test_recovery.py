@@ -498,6 +498,21 @@ def test_a_full_outbox_gets_nothing_until_it_is_writable() -> None:
     assert (sink.offsets, cursor.state) == ([5, 6], CursorState.LIVE)
 
 
+def test_a_burst_that_a_cursor_had_no_room_for_comes_from_the_ring() -> None:
+    feed = Feed(ring_bytes=64 * 1024)
+    feed.confirm()
+    answer(take_read(feed), page(0))
+    cursor, sink = attach(feed, "now")
+    sink.has_room = False
+    for offset in range(1, 51):
+        feed.receive_live(live(event(offset, size=200)))
+    take(feed)
+    sink.has_room = True
+    cursor.advance()
+    assert (take(feed), sink.offsets) == ([], list(range(1, 51)))
+    assert cursor.state is CursorState.LIVE
+
+
 def test_behind_the_ring_history_is_read() -> None:
     feed = Feed(ring_bytes=100)
     feed.confirm()
