@@ -94,16 +94,10 @@ def measure(plan: Plan) -> Section:
 
 
 def _start(stage: Stage, server: RedisProcess, users: int) -> list[_Candidate]:
-    open_channels(server, users)
-    gateways = {RELAY: stage.gateway(server)}
+    candidates = [_start_relay(stage, server, users, RELAY)]
     if stage.is_compiled:
-        gateways[SOURCE] = stage.gateway(server, from_source=True)
-    candidates = []
-    for name, gateway in gateways.items():
-        load = stage.load([relay_target(user, gateway.port) for user in range(users)])
-        load.connect(is_relay=True)
-        load.use_redis(server, relay_feeds(server, users))
-        candidates.append(_Candidate(name, gateway.process, load))
+        # The users are the same, so their channels would be as well: both would get every event.
+        candidates.append(_start_relay(stage, stage.redis(), users, SOURCE))
     references = {
         USUAL: stage.starlette(server),
         FLOOR: stage.floor(server, "each"),
@@ -118,6 +112,15 @@ def _start(stage: Stage, server: RedisProcess, users: int) -> list[_Candidate]:
         load.use_redis(server, plain_feeds(users, str(label)))
         candidates.append(_Candidate(name, reference.process, load))
     return candidates
+
+
+def _start_relay(stage: Stage, server: RedisProcess, users: int, name: str) -> _Candidate:
+    open_channels(server, users)
+    gateway = stage.gateway(server, from_source=name == SOURCE)
+    load = stage.load([relay_target(user, gateway.port) for user in range(users)])
+    load.connect(is_relay=True)
+    load.use_redis(server, relay_feeds(server, users))
+    return _Candidate(name, gateway.process, load)
 
 
 def _run(
