@@ -119,7 +119,13 @@ class Bench:
 
     @contextmanager
     def candidates(
-        self, users: int, *, tabs: int = 1, padding: int = 0, gateways: int = 1
+        self,
+        users: int,
+        *,
+        tabs: int = 1,
+        padding: int = 0,
+        gateways: int = 1,
+        is_saturated: bool = True,
     ) -> Iterator[dict[str, _Candidate]]:
         """Start a relay and a floor with connected users."""
         with Stage(self.plan, is_pinned=gateways == 1) as stage:
@@ -128,14 +134,14 @@ class Bench:
             relays = [stage.gateway(server) for _ in range(gateways)]
             ports = [relay.port for relay in relays]
             targets = [relay_target(user, ports[user % gateways]) for user in range(users)]
-            load = stage.load(targets * tabs)
+            load = stage.load(targets * tabs, is_beside=is_saturated)
             load.connect(is_relay=True)
             load.use_redis(server, relay_feeds(server, users, padding))
             started = {RELAY: _Candidate([relay.process for relay in relays], load, stage, ports)}
             floor = stage.floor(server, "each") if gateways == 1 else None
             if floor is not None:
                 targets = [plain_target(user, floor.port, "f") for user in range(users)]
-                load = stage.load(targets * tabs)
+                load = stage.load(targets * tabs, is_beside=is_saturated)
                 load.connect(is_relay=False)
                 load.use_redis(server, plain_feeds(users, "f", padding))
                 started[FLOOR] = _Candidate([floor.process], load, stage, [floor.port])
@@ -196,7 +202,7 @@ def by_users(bench: Bench, users: Sequence[int]) -> Curve:
 def by_rate(bench: Bench, rates: Sequence[int]) -> Curve:
     note = "At a fixed rate; latency is from when an event was due."
     curve = Curve("Events per second", "events/s offered", note)
-    with bench.candidates(USERS) as candidates:
+    with bench.candidates(USERS, is_saturated=False) as candidates:
         for rate in rates:
             bench.plan.say(f"scale: {rate:,} events/s")
             curve.points[rate] = bench.pace(candidates, rate)

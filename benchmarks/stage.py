@@ -125,8 +125,16 @@ class Stage:
         command = [str(program), str(server.port), mode]
         return self._start("gateway", lambda: PortServer("floor", command))
 
-    def load(self, targets: Sequence[Target]) -> LoadClient:
-        return self._start("rest", lambda: LoadClient(self._plan.folder, targets))
+    def load(self, targets: Sequence[Target], *, is_beside: bool = False) -> LoadClient:
+        """Start a load generator.
+
+        Args:
+            targets: Its connections.
+            is_beside: Whether it shares the gateway's processor instead of Redis'. Redis is then
+                ahead of the two, and work waits for the gateway: it is saturated.
+        """
+        role = "gateway" if is_beside else "rest"
+        return self._start(role, lambda: LoadClient(self._plan.folder, targets))
 
     def worker(
         self, server: RedisProcess, reference: str, app_dir: str, concurrency: int | None = None

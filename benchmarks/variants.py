@@ -66,7 +66,8 @@ def _start(stage: Stage, name: str, command: Sequence[str]) -> _Candidate:
     gateway = stage.gateway(server, command)
     process = gateway.process
     before_kib, before_s = process.rss_kib(), process.cpu_s()
-    load = stage.load([relay_target(user, gateway.port) for user in range(USERS)])
+    targets = [relay_target(user, gateway.port) for user in range(USERS)]
+    load = stage.load(targets, is_beside=True)
     load.connect(is_relay=True)
     connect_ms = (process.cpu_s() - before_s) / USERS * 1e3
     kib = (process.rss_kib() - before_kib) / USERS

@@ -35,7 +35,8 @@ def measure(plan: Plan) -> Section:
             open_channels(server, USERS)
             command = [sys.executable, "-m", "benchmarks.profiled", str(stacks_path)]
             gateway = stage.gateway(server, command)
-            load = stage.load([relay_target(user, gateway.port) for user in range(USERS)])
+            targets = [relay_target(user, gateway.port) for user in range(USERS)]
+            load = stage.load(targets, is_beside=True)
             load.connect(is_relay=True)
             load.use_redis(server, relay_feeds(server, USERS))
             os.kill(gateway.process.pid, signal.SIGUSR1)

@@ -36,10 +36,10 @@ RELAY, SOURCE = "relay", "relay, from source"
 USUAL, FLOOR, FLOOR_TICK = "usual way", "C floor", "C floor, one send a tick"
 
 _METHOD = """\
-{users} users with one connection each on one gateway process{pinned}. The load generator publishes
-to Redis and receives the events, with at most {window:,} events on their way: whatever arrives
-makes room for the next. All candidates run at once and take turns; one that has no turn is
-idle. CPU is user and system time of the gateway process alone, divided by delivered events.
+{users} users with one connection each on one gateway process{pinned}. The load
+generator publishes to Redis and receives the events, with at most {window:,} events on their way:
+whatever arrives makes room for the next. All candidates run at once and take turns; one that has no
+turn is idle. CPU is user and system time of the gateway process alone, divided by delivered events.
 An event has {stored} bytes stored and {frame} as a frame, the same for all candidates.
 
 *usual way*: a Starlette WebSocket with a redis-py PubSub per connection, without tokens,
@@ -52,6 +52,10 @@ there is a compiler, *relay, from source* what runs without one.
 {burst} PUBLISHes for one user back to back. *batches of {burst}*: one PUBLISH with {burst} events,
 which is how the relay's own publisher sends what an agent says in one go. Medians of {rounds}
 interleaved rounds of {seconds:g} s; in brackets the range."""
+
+
+_PINNED = """ that shares a
+processor with the load generator, while Redis has the other: so work waits for the gateway"""
 
 
 @dataclass
@@ -107,7 +111,7 @@ def _start(stage: Stage, server: RedisProcess, users: int) -> list[_Candidate]:
         if reference is None:
             continue
         targets = [plain_target(user, reference.port, str(label)) for user in range(users)]
-        load = stage.load(targets)
+        load = stage.load(targets, is_beside=True)
         load.connect(is_relay=False)
         load.use_redis(server, plain_feeds(users, str(label)))
         candidates.append(_Candidate(name, reference.process, load))
@@ -117,7 +121,8 @@ def _start(stage: Stage, server: RedisProcess, users: int) -> list[_Candidate]:
 def _start_relay(stage: Stage, server: RedisProcess, users: int, name: str) -> _Candidate:
     open_channels(server, users)
     gateway = stage.gateway(server, from_source=name == SOURCE)
-    load = stage.load([relay_target(user, gateway.port) for user in range(users)])
+    targets = [relay_target(user, gateway.port) for user in range(users)]
+    load = stage.load(targets, is_beside=True)
     load.connect(is_relay=True)
     load.use_redis(server, relay_feeds(server, users))
     return _Candidate(name, gateway.process, load)
@@ -144,7 +149,7 @@ def _section(
         _METHOD.format(
             users=users,
             window=users * ON_THEIR_WAY,
-            pinned=" that has a processor for itself" if plan.placement.is_pinned else "",
+            pinned=_PINNED if plan.placement.is_pinned else "",
             stored=stored,
             frame=frame,
             burst=BURST,
