@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,12 +18,15 @@ from gateway.protocol import Connection, ConnectionServices
 from gateway.refusals import UNAVAILABLE_RETRY_MS, refusal_of
 from gateway.transport import AsgiTransport
 from gateway.websocket import DIRECT_TRANSPORT, TakeOver
-from relay.errors import DecodingFailed, RequestRefused
+from relay.errors import CloseCode, DecodingFailed, RequestRefused
 from relay.recovery import Since
 from relay.tokens import Identity
 
 PATH = "/v1/ws"
 MAX_CLIENT_ID_CHARS = 128
+
+_DENIAL = "websocket.http.response"
+"""The ASGI extension by which an upgrade is refused with a response of ours."""
 
 
 Connect = Callable[[WebSocket], Awaitable[None]]
@@ -183,7 +187,7 @@ async def _serve(
     websocket: WebSocket, services: ConnectionServices, connection: Connection
 ) -> None:
     """Give the connection its transport: with the direct one, this returns at once."""
-    take_over: TakeOver | None = websocket.scope["extensions"].get(DIRECT_TRANSPORT)
+    take_over: TakeOver | None = _extensions(websocket).get(DIRECT_TRANSPORT)
     if take_over is not None:
         direct = take_over(connection, services.ticks, services.outbox_bytes)
         if direct is None:
@@ -202,4 +206,13 @@ async def _deny(
     websocket: WebSocket, services: ConnectionServices, refused: RequestRefused
 ) -> None:
     services.metrics.refused[refused.code] += 1
-    await websocket.send_denial_response(problem(refused))
+    if _DENIAL in _extensions(websocket):
+        await websocket.send_denial_response(problem(refused))
+    else:
+        # Such a server answers 403, and cannot say why.
+        await websocket.close(CloseCode.POLICY, refused.detail)
+
+
+def _extensions(websocket: WebSocket) -> Mapping[str, Any]:
+    # A server that has none need not say so (ASGI specification, "Extensions").
+    return websocket.scope.get("extensions") or {}

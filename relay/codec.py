@@ -276,6 +276,8 @@ def read_live(payload: bytes) -> tuple[str, list[Publication]]:
             raise DecodingFailed(f"live message of version {message[0]!r}, expected {WIRE_VERSION}")
         publications = []
         entries: list[list[Any]] = message[2]
+        if type(entries) is not list:
+            raise TypeError("no list of entries")  # noqa: TRY301 -- no call for each message
         # Declared, so that the compiled module looks at each value's type once.
         offset: int
         seq: int

@@ -269,8 +269,7 @@ def summary_from_row(row: Sequence[bytes]) -> RunSummary:
                 for call, text in orjson.loads(tools or b"{}").items()
             },
             open_inputs={
-                request: dict(orjson.loads(data))
-                for request, data in orjson.loads(inputs or b"{}").items()
+                request: _object(data) for request, data in orjson.loads(inputs or b"{}").items()
             },
             cancel_requested=bool(cancel),
             created_ms=_time_ms(created),
@@ -279,6 +278,13 @@ def summary_from_row(row: Sequence[bytes]) -> RunSummary:
         )
     except (ValueError, TypeError, IndexError, AttributeError) as error:
         raise DecodingFailed(f"a run's hash cannot be read: {error}") from error
+
+
+def _object(text: str) -> dict[str, Any]:
+    value = orjson.loads(text)
+    if type(value) is not dict:
+        raise ValueError("an open question is no object")
+    return value
 
 
 def _time_ms(text: bytes) -> int:

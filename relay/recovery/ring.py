@@ -44,10 +44,12 @@ class Ring:
         kept.append(publication)
         # Its bytes are held twice, stored and framed.
         self._size += 2 * len(publication.event) + PUBLICATION_OVERHEAD_BYTES
-        budget = self._budget if is_awaited else self._budget // AT_REST_SHARE
-        if self._size > budget:
+        if is_awaited:
+            if self._size > self._budget:
+                self._trim(kept, self._budget - self._budget // 16)
+        elif self._size > self._budget // AT_REST_SHARE:
             # A few at a time: this is about every event that is delivered.
-            self._trim(kept, budget - budget // 4)
+            self._trim(kept, self._budget // AT_REST_SHARE * 3 // 4)
 
     def _trim(self, kept: list[Publication], enough: int) -> None:
         size, gone = self._size, 0
@@ -80,7 +82,12 @@ class Ring:
         return found
 
     def contradicts(self, publication: Publication) -> bool:
-        """Whether another event is known to stand at the same offset."""
+        """Whether another event is known to stand at the same offset.
+
+        Only what is kept is known. A history that fell back and has been filled again beyond that
+        is noticed by the server's identity, by the next position check or page, or by publishers
+        whose batches are missing.
+        """
         if publication.is_claim or publication.kind == Kind.TEXT:
             return False
         return any(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import httpx
 import jwt
 import pytest
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidStatus
 
 from gateway import server
@@ -343,3 +344,27 @@ async def test_list_of_agents_that_cannot_be_read_refuses_nobody(
         assert not agents["ok"]
         assert not agents["required"]
         assert "WRONGTYPE" in agents["detail"]
+
+
+class WithoutExtensions(WebSocketsSansIOProtocol):
+    """A server that offers no ASGI extension, and so does not name any."""
+
+    async def run_asgi(self) -> None:
+        del self.scope["extensions"]  # type: ignore[typeddict-item]
+        await super().run_asgi()
+
+
+async def test_a_server_without_asgi_extensions_serves_and_refuses(
+    redis_url: str, key_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.server.RelayWebSocketProtocol", WithoutExtensions)
+    async with running_gateway(gateway_settings(redis_url, key_prefix)) as running:
+        async with tab(running, "alice") as opened:
+            assert opened.frames[0]["user_id"] == "alice"
+            assert await opened.is_alive()
+        # It has no way to say more than that.
+        with pytest.raises(InvalidStatus) as refused:
+            async with raw_tab(running):
+                pass
+        assert refused.value.response.status_code == 403
+        assert running.metrics.refused["invalid_token"] == 1

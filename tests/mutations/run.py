@@ -338,6 +338,20 @@ MUTATIONS = (
         [f"{UNIT}/relay/test_encoding.py"],
     ),
     Mutation(
+        "one write for each socket and tick",
+        "gateway/direct.py",
+        "            self._pending = data\n            self._ticks.touch(self)",
+        "            self._pending = data\n            self._ticks.flush_now(self)",
+        [f"{UNIT}/gateway/test_direct.py"],
+    ),
+    Mutation(
+        "room for whoever is behind in the ring",
+        "relay/recovery/feed.py",
+        "                is_awaited = True",
+        "                is_awaited = False",
+        [f"{UNIT}/relay/test_recovery.py"],
+    ),
+    Mutation(
         "version of a live message",
         "relay/codec.py",
         "if message[0] != WIRE_VERSION:",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import random
 import sys
 from collections import deque
@@ -51,7 +52,9 @@ PART_BYTES = 48
 LARGE_TEXT_BYTES = 70
 PAGE_BYTES = 160
 PAGE_ENTRIES = 5
-RING_BYTES = 1_700
+RING_BYTES = (1_700, 13_600)
+"""Of the gateways in turn. The first keeps nothing while nobody is behind, the second a few."""
+
 OUTBOX_BYTES = 260
 MAX_PREVIOUS = 8
 REPLIES_UNTIL_SETTLED = 4_000
@@ -419,13 +422,14 @@ class Connection:
 class Gateway:
     """A gateway process: one feed, its pub/sub connection, its reads under way."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, ring_bytes: int) -> None:
         self.world = world
+        self.ring_bytes = ring_bytes
         self.connections: list[Connection] = []
         self.begin()
 
     def begin(self) -> None:
-        self.feed = Feed(ring_bytes=RING_BYTES)
+        self.feed = Feed(ring_bytes=self.ring_bytes)
         self.messages: deque[LiveBatch] = deque()
         self.is_subscription_due = False
         self.is_subscribed = False
@@ -539,7 +543,8 @@ class World:
         self.largest = PAGE_BYTES
         self.keeps_transcripts = keeps_transcripts
         self.clients: list[Client] = []
-        self.gateways = [Gateway(self) for _ in range(gateways)]
+        rings = itertools.islice(itertools.cycle(RING_BYTES), gateways)
+        self.gateways = [Gateway(self, ring_bytes) for ring_bytes in rings]
 
     # Redis' side.
 

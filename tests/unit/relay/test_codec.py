@@ -146,6 +146,12 @@ def test_other_msgpack_is_refused_as_live_message(value: Any, entry: Any) -> Non
         accept_live(msgpack.packb(message))
 
 
+@pytest.mark.parametrize("entries", [{}, "", b"", None, {"1": []}])
+def test_entries_that_are_no_list_are_refused(entries: Any) -> None:
+    with pytest.raises(DecodingFailed):
+        decode_live(msgpack.packb([1, "e1", entries]))
+
+
 def test_another_version_is_refused() -> None:
     with pytest.raises(DecodingFailed, match="version 2"):
         decode_live(msgpack.packb([2, "e1", []]))
