@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from relay.errors import ConfigurationError
+from relay.sentinel_address import SENTINEL_SCHEMES, parse_sentinel_url
 
 ENV_PREFIX = "RELAY_"
 ENV_FILE = Path(".env")
@@ -81,7 +82,8 @@ class Settings(BaseSettings):
 
     redis_url: str = _text(
         "redis://127.0.0.1:6379/0",
-        "redis://, rediss://, valkey:// or valkeys:// with a host, or unix:// with a path",
+        "redis://, rediss://, valkey:// or valkeys:// with a host, unix:// with a path, or "
+        "redis+sentinel:// or rediss+sentinel:// with Sentinels and a service",
         "Where Redis or Valkey is.",
         shown=False,
     )
@@ -223,8 +225,12 @@ class Settings(BaseSettings):
     @classmethod
     def _check_redis_url(cls, value: str) -> str:
         parts = urlsplit(value)
+        if parts.scheme in SENTINEL_SCHEMES:
+            parse_sentinel_url(value)
+            return value
         if parts.scheme not in REDIS_SCHEMES:
-            raise ValueError("the scheme is not one of " + ", ".join(REDIS_SCHEMES))
+            schemes = ", ".join([*REDIS_SCHEMES, *SENTINEL_SCHEMES])
+            raise ValueError(f"the scheme is not one of {schemes}")
         if parts.scheme == "unix":
             if not parts.path:
                 raise ValueError("a unix:// address needs the path of the socket")

@@ -13,6 +13,8 @@ from urllib.parse import unquote, urlsplit
 ACL_FOLDER = "deploy/acl"
 ROLES = ("gateway", "worker", "operator")
 
+_TLS_SCHEMES = ("rediss", "valkeys", "rediss+sentinel")
+
 _COMMAND = re.compile(r"run the '([^']+)' command")
 _OBJECT = re.compile(r"\b(?:one of the (?P<many>keys|channels)|an? (?P<one>key|channel))\b")
 _SCRIPT_LINE = re.compile(r"user_script:\s?(\d+)")
@@ -69,7 +71,7 @@ def _command_at(text: str, source: bytes) -> str:
 
 def explain_tls(error: BaseException, url: str) -> str | None:
     """Word a failure of TLS that trying again does not cure; None for any other error."""
-    if urlsplit(url).scheme not in ("rediss", "valkeys"):
+    if urlsplit(url).scheme not in _TLS_SCHEMES:
         return None
     cause = _find_cause(error)
     if isinstance(cause, ssl.SSLCertVerificationError) and "mismatch" in cause.verify_message:
@@ -107,7 +109,7 @@ def explain_tls(error: BaseException, url: str) -> str | None:
 
 def hint_at_tls(url: str) -> str:
     """Say what may be wrong with TLS where a server neither answers nor says why."""
-    if urlsplit(url).scheme in ("rediss", "valkeys"):
+    if urlsplit(url).scheme in _TLS_SCHEMES:
         return (
             " rediss:// needs a port that speaks TLS; one that asks for a client certificate needs "
             "ssl_certfile and ssl_keyfile in its address."

@@ -29,9 +29,11 @@ from relay.errors import RedisMisconfigured, RedisUnavailable, RelayError
 from relay.keys import SCRIPT_CONSTANTS, UserKeys
 from relay.redis_refusals import explain_refusal, explain_tls, hint_at_tls, is_refusal
 from relay.resp import pack
+from relay.sentinel import make_master_pool
+from relay.sentinel_address import SENTINEL_SCHEMES
 
 OLDEST_REDIS = (6, 2)
-SCHEMES = ("redis", "rediss", "unix", "valkey", "valkeys")
+SCHEMES = ("redis", "rediss", "unix", "valkey", "valkeys", *SENTINEL_SCHEMES)
 
 _PARTS: dict[str, tuple[str, ...]] = {
     "publish": ("_channel", "_append", "_run", "_lanes", "publish"),
@@ -127,7 +129,8 @@ class RedisLink:
     """Connections to one Redis, with translated errors and script calls.
 
     Args:
-        url: ``redis://``, ``rediss://`` (TLS), ``valkey://``, ``valkeys://`` or ``unix://``.
+        url: ``redis://``, ``rediss://`` (TLS), ``valkey://``, ``valkeys://`` or ``unix://``; or
+            that of a master's Sentinels (``relay.sentinel_address``).
         limits: What the scripts keep of each user's history.
         max_connections: Most connections at a time; callers wait for a free one.
         timeout_s: How long a connection attempt or an answer may take.
@@ -157,17 +160,22 @@ class RedisLink:
             weakref.WeakKeyDictionary()
         )
         redis_url = "redis" + url[len("valkey") :] if scheme.startswith("valkey") else url
+        options: dict[str, Any] = {
+            "max_connections": max_connections,
+            "timeout": timeout_s,
+            "protocol": 2,
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": timeout_s,
+            "retry": Retry(NoBackoff(), 0),
+            "redis_connect_func": self._on_connect,
+        }
+        self.pool: BlockingConnectionPool
         try:
-            self.pool = BlockingConnectionPool.from_url(
-                redis_url,
-                max_connections=max_connections,
-                timeout=timeout_s,
-                protocol=2,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                retry=Retry(NoBackoff(), 0),
-                redis_connect_func=self._on_connect,
-            )
+            if scheme in SENTINEL_SCHEMES:
+                self.pool, sentinel = make_master_pool(redis_url, **options)
+                self.on_close.append(sentinel.aclose)
+            else:
+                self.pool = BlockingConnectionPool.from_url(redis_url, **options)
         except ValueError as error:
             raise RedisMisconfigured(f"{hide_password(url)!r}: {error}") from error
         self.client: Redis = Redis(connection_pool=self.pool)
