@@ -126,9 +126,10 @@ class Bench:
         padding: int = 0,
         gateways: int = 1,
         is_saturated: bool = True,
+        is_pinned: bool = True,
     ) -> Iterator[dict[str, _Candidate]]:
         """Start a relay and a floor with connected users."""
-        with Stage(self.plan, is_pinned=gateways == 1) as stage:
+        with Stage(self.plan, is_pinned=is_pinned) as stage:
             server = stage.redis()
             open_channels(server, users)
             relays = [stage.gateway(server) for _ in range(gateways)]
@@ -239,7 +240,7 @@ def by_processes(bench: Bench, processes: Sequence[int]) -> Curve:
     curve = Curve("Gateway processes", "gateway processes", note)
     for count in processes:
         bench.plan.say(f"scale: {count} gateway processes")
-        with bench.candidates(USERS, gateways=count) as candidates:
+        with bench.candidates(USERS, gateways=count, is_pinned=False) as candidates:
             candidates.pop(FLOOR, None)
             curve.points[count] = bench.saturate(candidates, USERS * ON_THEIR_WAY)
     return curve
