@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
     from relay.config import Settings
     from tests.conftest import OwnRedis
+
+ROOT = Path(__file__).parents[2]
 
 
 async def refuse_to_start(settings: Settings, kind: type[Exception]) -> str:
@@ -358,3 +362,25 @@ async def test_connection_that_fails_at_its_time_is_cut_off_alone(
 
 async def test_gateway_that_never_started_stops_cleanly(redis_url: str, key_prefix: str) -> None:
     await Gateway(gateway_settings(redis_url, key_prefix)).stop()
+
+
+async def test_a_blocked_event_loop_shows_in_its_metric(redis_url: str, key_prefix: str) -> None:
+    async with running_gateway(gateway_settings(redis_url, key_prefix)) as gateway:
+
+        async def is_told() -> bool:
+            time.sleep(0.3)  # noqa: ASYNC251 -- the very thing that must show
+            await asyncio.sleep(0.2)
+            return gateway.metrics.loop_lag_max_s > 0.1
+
+        await eventually(is_told)
+
+
+async def test_metrics_in_the_documents_are_those_of_a_gateway(
+    redis_url: str, key_prefix: str
+) -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    documented = re.findall(r"^\| `(relay_\w+)`(?: by `\w+`)? \| (.*) \|$", text, re.MULTILINE)
+    async with running_gateway(gateway_settings(redis_url, key_prefix)) as gateway:
+        exposition = gateway.metrics.exposition().decode()
+    given = re.findall(r"^# HELP (relay_\w+) (.*)$", exposition, re.MULTILINE)
+    assert sorted(documented) == sorted(given)
