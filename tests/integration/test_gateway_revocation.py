@@ -22,6 +22,7 @@ from relay.revocations import revocation_of
 from tests.conftest import OwnRedis
 from tests.integration.gateway_support import (
     SECRET,
+    SERVERS,
     Work,
     bearer,
     eventually,
@@ -30,6 +31,7 @@ from tests.integration.gateway_support import (
     refusal,
     tab,
     token,
+    use_server,
 )
 from tests.support.proxy import RedisProxy
 from tests.support.stack_process import run_relay
@@ -38,8 +40,16 @@ WITHIN_S = 5.0
 """A deadline for a busy machine; the promise of a second is measured elsewhere."""
 
 
+@pytest.fixture(params=SERVERS)
+def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    use_server(request.param, monkeypatch)
+    return str(request.param)
+
+
 @pytest_asyncio.fixture
-async def gateways(redis_url: str, key_prefix: str) -> AsyncIterator[Sequence[Gateway]]:
+async def gateways(
+    redis_url: str, key_prefix: str, server: str
+) -> AsyncIterator[Sequence[Gateway]]:
     async with (
         running_gateway(gateway_settings(redis_url, key_prefix)) as one,
         running_gateway(gateway_settings(redis_url, key_prefix)) as two,

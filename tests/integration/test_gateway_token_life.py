@@ -16,6 +16,7 @@ from gateway.app import Gateway, running_gateway
 from gateway.protocol import CLOSE_LIMIT_MS
 from relay.config import Settings
 from tests.integration.gateway_support import (
+    SERVERS,
     Work,
     bearer,
     eventually,
@@ -24,6 +25,7 @@ from tests.integration.gateway_support import (
     refusal,
     tab,
     token,
+    use_server,
 )
 from tests.support.proxy import TcpProxy
 
@@ -32,8 +34,14 @@ AFTER_S = 1.0
 """Events that arrive this long after the token's expiry are a defect."""
 
 
+@pytest.fixture(params=SERVERS)
+def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    use_server(request.param, monkeypatch)
+    return str(request.param)
+
+
 @pytest.fixture
-def settings(redis_url: str, key_prefix: str) -> Settings:
+def settings(redis_url: str, key_prefix: str, server: str) -> Settings:
     return gateway_settings(redis_url, key_prefix, jwt_issuer="app", jwt_audience="relay")
 
 
