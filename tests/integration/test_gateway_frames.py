@@ -10,18 +10,12 @@ from websockets.frames import Frame, Opcode
 
 from gateway.app import Gateway, running_gateway
 from relay.errors import CloseCode
-from tests.integration.gateway_support import SERVERS, Work, gateway_settings, tab, use_server
+from tests.integration.gateway_support import Work, gateway_settings, tab
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 MAX_FRAME = 4_096
-
-
-@pytest.fixture(params=SERVERS)
-def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    use_server(request.param, monkeypatch)
-    return str(request.param)
 
 
 @pytest.fixture

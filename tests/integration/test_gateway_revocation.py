@@ -22,7 +22,6 @@ from relay.revocations import revocation_of
 from tests.conftest import OwnRedis
 from tests.integration.gateway_support import (
     SECRET,
-    SERVERS,
     Work,
     bearer,
     eventually,
@@ -31,19 +30,12 @@ from tests.integration.gateway_support import (
     refusal,
     tab,
     token,
-    use_server,
 )
 from tests.support.proxy import RedisProxy
 from tests.support.stack_process import run_relay
 
 WITHIN_S = 5.0
 """A deadline for a busy machine; the promise of a second is measured elsewhere."""
-
-
-@pytest.fixture(params=SERVERS)
-def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    use_server(request.param, monkeypatch)
-    return str(request.param)
 
 
 @pytest_asyncio.fixture

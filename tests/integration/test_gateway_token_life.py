@@ -16,7 +16,6 @@ from gateway.app import Gateway, running_gateway
 from gateway.protocol import CLOSE_LIMIT_MS
 from relay.config import Settings
 from tests.integration.gateway_support import (
-    SERVERS,
     Work,
     bearer,
     eventually,
@@ -25,19 +24,12 @@ from tests.integration.gateway_support import (
     refusal,
     tab,
     token,
-    use_server,
 )
 from tests.support.proxy import TcpProxy
 
 APP = {"issuer": "app", "audience": "relay"}
 AFTER_S = 1.0
 """Events that arrive this long after the token's expiry are a defect."""
-
-
-@pytest.fixture(params=SERVERS)
-def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    use_server(request.param, monkeypatch)
-    return str(request.param)
 
 
 @pytest.fixture
