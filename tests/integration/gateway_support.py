@@ -61,6 +61,10 @@ def use_server(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("gateway.server.RelayWebSocketProtocol", protocol)
 
 
+direct_only = pytest.mark.parametrize("server", ["direct"], indirect=True)
+"""Leaves out the other kinds of server, for what is a property of our own protocol class."""
+
+
 def token(user_id: str = "alice", ttl_s: float = 600, **claims: Any) -> str:
     return mint_token(claims.pop("secret", SECRET), user_id, ttl_s, **claims)
 

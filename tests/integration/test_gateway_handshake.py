@@ -13,12 +13,12 @@ import pytest
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidStatus
 
-from gateway import server
 from gateway.app import Gateway, running_gateway
 from relay.keys import Keys
 from tests.integration.gateway_support import (
     SECRET,
     bearer,
+    direct_only,
     gateway_settings,
     http,
     raw_tab,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-async def gateway(redis_url: str, key_prefix: str) -> AsyncIterator[Gateway]:
+async def gateway(redis_url: str, key_prefix: str, server: str) -> AsyncIterator[Gateway]:
     settings = gateway_settings(
         redis_url, key_prefix, jwt_issuer="app", jwt_audience="relay", max_connections_per_user=3
     )
@@ -106,14 +106,15 @@ async def test_bad_tokens_are_refused_with_401_and_the_next_good_one_works(
     assert gateway.metrics.refused == {"invalid_token": len(bad)}
 
 
-@pytest.mark.parametrize("name", ["token", "access_token", "ticket"])
-async def test_token_in_the_url_is_refused_with_guidance(gateway: Gateway, name: str) -> None:
+async def test_token_in_the_url_is_refused_with_guidance(gateway: Gateway) -> None:
     secret = token(**GOOD)
-    response, problem = await refusal(gateway, query=f"?{name}={secret}", headers=bearer(**GOOD))
-    assert response.status_code == 401
-    assert "URL" in problem["detail"]
-    assert any("bearer.<token>" in hint for hint in problem["recovery_suggestions"])
-    assert secret not in (response.body or b"").decode()
+    for name in ("token", "access_token", "ticket"):
+        query = f"?{name}={secret}"
+        response, problem = await refusal(gateway, query=query, headers=bearer(**GOOD))
+        assert response.status_code == 401, name
+        assert "URL" in problem["detail"], name
+        assert any("bearer.<token>" in hint for hint in problem["recovery_suggestions"])
+        assert secret not in (response.body or b"").decode()
 
 
 async def test_ticket_opens_one_connection_only(gateway: Gateway) -> None:
@@ -169,6 +170,7 @@ async def test_pages_of_other_origins_are_refused(gateway: Gateway) -> None:
         assert (await opened.receive())["type"] == "connection_established"
 
 
+@pytest.mark.usefixtures("server")
 async def test_allowed_origins_may_connect(redis_url: str, key_prefix: str) -> None:
     settings = gateway_settings(
         redis_url, key_prefix, allowed_origins="https://chat.example.com,http://localhost:3000"
@@ -211,6 +213,8 @@ async def test_wrong_parameters_are_named(gateway: Gateway) -> None:
         assert words in problem["detail"]
 
 
+# Refused below ASGI: an application does not hear of it, and the answer is its server's.
+@direct_only
 @pytest.mark.parametrize(
     ("header", "query", "code"),
     [
@@ -256,22 +260,20 @@ async def test_handshake_that_cannot_be_read_is_refused_at_once_and_closed(
         assert await opened.is_alive()
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [
-        b"",
-        b"GET /v1/ws HTTP/1.1\r\nHost: x\r\n",
-        b"POST /v1/runs HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{",
-    ],
-    ids=["nothing", "half the headers", "half the body"],
+HALF_REQUESTS = (
+    b"",
+    b"GET /v1/ws HTTP/1.1\r\nHost: x\r\n",
+    b"POST /v1/runs HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{",
 )
+
+
 async def test_request_that_does_not_come_to_an_end_loses_its_connection(
-    gateway: Gateway, sent: bytes, monkeypatch: pytest.MonkeyPatch
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "REQUEST_S", 0.3)
+    monkeypatch.setattr("gateway.server.REQUEST_S", 0.3)
     host, port = gateway.url.removeprefix("http://").split(":")
-    # A connection that is served is not meant.
-    async with tab(gateway, "alice", **GOOD) as opened:
+
+    async def send_half(sent: bytes) -> None:
         reader, writer = await asyncio.open_connection(host, int(port))
         try:
             writer.write(sent)
@@ -279,6 +281,10 @@ async def test_request_that_does_not_come_to_an_end_loses_its_connection(
                 await reader.read()
         finally:
             writer.close()
+
+    # A connection that is served is not meant.
+    async with tab(gateway, "alice", **GOOD) as opened:
+        await asyncio.gather(*map(send_half, HALF_REQUESTS))
         assert await opened.is_alive()
 
 
@@ -289,12 +295,13 @@ async def test_no_websocket_elsewhere(gateway: Gateway) -> None:
     assert caught.value.response.status_code == 404
 
 
+@pytest.mark.usefixtures("server")
 async def test_redis_away_is_told_with_503(own_redis: OwnRedis, key_prefix: str) -> None:
-    server = await own_redis()
-    async with running_gateway(gateway_settings(server.url, key_prefix)) as gateway:
+    private = await own_redis()
+    async with running_gateway(gateway_settings(private.url, key_prefix)) as gateway:
         async with tab(gateway):
             pass
-        await server.kill()
+        await private.kill()
         await asyncio.sleep(1.1)  # the list of agents may be that old, and needs no Redis
         response, problem = await refusal(gateway, headers=bearer())
         assert response.status_code == 503
@@ -308,7 +315,7 @@ async def test_redis_away_is_told_with_503(own_redis: OwnRedis, key_prefix: str)
             ):
                 assert answer.status_code == 503
                 assert int(answer.headers["Retry-After"]) > 0
-        await server.start()
+        await private.start()
         for _ in range(100):
             try:
                 # It may be told first that Redis was away a moment ago.

@@ -26,6 +26,7 @@ from tests.conftest import OwnRedis
 from tests.integration.gateway_support import (
     Tab,
     bearer,
+    direct_only,
     eventually,
     gateway_settings,
     http,
@@ -37,7 +38,9 @@ from tests.support.proxy import RedisProxy
 
 
 @pytest_asyncio.fixture
-async def gateways(redis_url: str, key_prefix: str) -> AsyncIterator[Sequence[Gateway]]:
+async def gateways(
+    redis_url: str, key_prefix: str, server: str
+) -> AsyncIterator[Sequence[Gateway]]:
     settings = gateway_settings(redis_url, key_prefix, max_connections_per_user=10)
     async with running_gateway(settings) as one, running_gateway(settings) as two:
         yield one, two
@@ -99,6 +102,7 @@ async def gone(redis: redis.asyncio.Redis, key: str) -> bool:
     return not await redis.exists(key)
 
 
+@pytest.mark.usefixtures("server")
 async def test_device_that_comes_back_elsewhere_takes_over_its_place(
     redis_url: str, key_prefix: str
 ) -> None:
@@ -148,6 +152,8 @@ async def test_gateway_that_was_taken_for_dead_enters_its_places_again(
         assert await opened.is_alive()
 
 
+# It is about the node's own key: which server its connections are on plays no part.
+@direct_only
 async def test_what_stands_in_place_of_its_sign_of_life_ends_no_gateway(
     gateways: Sequence[Gateway], redis: redis.asyncio.Redis
 ) -> None:
@@ -168,6 +174,7 @@ async def test_what_stands_in_place_of_its_sign_of_life_ends_no_gateway(
         assert await opened.is_alive()
 
 
+@pytest.mark.usefixtures("server")
 async def test_open_places_never_expire(
     redis_url: str,
     redis: redis.asyncio.Redis,
@@ -197,20 +204,21 @@ async def test_place_nobody_uses_any_more_does_not_keep_its_user_out(
         assert await redis.hlen(connections(key_prefix)) == 1
 
 
+@pytest.mark.usefixtures("server")
 async def test_outage_of_redis_ends_no_connection_and_leaves_no_place(
     own_redis: OwnRedis, key_prefix: str
 ) -> None:
-    server = await own_redis()
+    private = await own_redis()
     async with (
-        running_gateway(gateway_settings(server.url, key_prefix)) as gateway,
-        server.client() as client,
+        running_gateway(gateway_settings(private.url, key_prefix)) as gateway,
+        private.client() as client,
         tab(gateway) as stays,
     ):
         async with tab(gateway, "bob"):
-            await server.kill()
+            await private.kill()
             assert await stays.is_alive()
         # Bob left while nobody could note it, and all places were lost: only one is open.
-        await server.start()
+        await private.start()
         await eventually(lambda: client.exists(connections(key_prefix)))
         await eventually(lambda: settled(gateway))
         assert not await client.exists(connections(key_prefix, "bob"))
