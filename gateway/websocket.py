@@ -36,8 +36,9 @@ MAX_LINE_BYTES = 8_000
 """Below the websockets library's limits: what is above is for it to refuse, or to accept."""
 
 _BODY_HEADERS = (b"content-length", b"transfer-encoding")
-# RFC 9110, section 5.5: h11 lets control characters through.
-_HEADER_VALUE = re.compile(rb"[\x09\x20-\x7e\x80-\xff]*")
+# RFC 9110, section 5.5: h11 lets control characters through. What lies beyond ASCII is legal, but
+# versions of the websockets library differ in how they decode it, and uvicorn undoes what its does.
+_HEADER_VALUE = re.compile(rb"[\x09\x20-\x7e]*")
 
 TakeOver = Callable[[Receiver, TickWriter, int], DirectTransport | None]
 """Gives the accepted connection's socket to a receiver; ``send`` and ``receive`` end with it.
@@ -74,7 +75,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         self._has_begun_here = True
         headers = Headers()
         for name, value in request.headers:
-            headers[name.decode("ascii")] = value.decode("latin-1")
+            headers[name.decode("ascii")] = value.decode("ascii")
         self.handle_connect(Request(request.target.decode("ascii"), headers))
 
     def data_received(self, data: bytes) -> None:
