@@ -13,15 +13,16 @@ PUBLICATION_OVERHEAD_BYTES: Final = 400
 
 
 AT_REST_SHARE: Final = 8
-"""While nobody is behind, one part in so many of the budget is kept: what is kept for each of many
-users falls out of the processor's caches, and costs most when it is let go."""
+"""While nobody is behind, the newest publication is kept, unless it is larger than one part in so
+many of the budget. What is kept for each of many users falls out of the processor's caches, and
+costs most when it is let go; what a connection that falls behind will want comes after that."""
 
 
 class Ring:
     """Recent publications without a gap, bounded in bytes.
 
     Args:
-        budget_bytes: The oldest go where all together pass it; at rest, a share of it.
+        budget_bytes: The oldest go where all together pass it.
 
     Attributes:
         start: Everything after this offset, up to the newest, is here.
@@ -38,18 +39,28 @@ class Ring:
 
     def push(self, publication: Publication, *, is_awaited: bool) -> None:
         """Keep the next publication; ``is_awaited`` where somebody is behind and may want it."""
+        # Its bytes are held twice, stored and framed.
+        size = 2 * len(publication.event) + PUBLICATION_OVERHEAD_BYTES
         kept = self._kept
+        if not is_awaited:
+            if kept:
+                self.start = kept[-1].offset
+            if size > self._budget // AT_REST_SHARE:
+                self.restart(publication.offset)
+            elif kept is not None and len(kept) == 1:
+                kept[0] = publication
+                self._size = size
+            else:
+                self._kept = [publication]
+                self._size = size
+            return
         if kept is None:
             kept = self._kept = []
         kept.append(publication)
-        # Its bytes are held twice, stored and framed.
-        self._size += 2 * len(publication.event) + PUBLICATION_OVERHEAD_BYTES
-        if is_awaited:
-            if self._size > self._budget:
-                self._trim(kept, self._budget - self._budget // 16)
-        elif self._size > self._budget // AT_REST_SHARE:
-            # A few at a time: this is about every event that is delivered.
-            self._trim(kept, self._budget // AT_REST_SHARE * 3 // 4)
+        self._size += size
+        if self._size > self._budget:
+            # Some at a time, for the list moves the others up.
+            self._trim(kept, self._budget - self._budget // 16)
 
     def _trim(self, kept: list[Publication], enough: int) -> None:
         size, gone = self._size, 0

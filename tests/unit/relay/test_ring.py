@@ -20,13 +20,23 @@ def kept(ring: Ring) -> list[int]:
     return [publication.offset for publication in found]
 
 
-def test_at_rest_a_share_is_kept_and_nothing_is_missing_from_it() -> None:
+def test_at_rest_the_newest_is_kept_and_nothing_is_missing_before_it() -> None:
     ring = Ring(BUDGET_BYTES)
-    for last in range(1, 200):
+    ring.restart(6)
+    for last in range(7, 20):
         push(ring, last, last, is_awaited=False)
-        assert kept(ring) == list(range(ring.start + 1, last + 1))
-        assert len(kept(ring)) <= 80 // AT_REST_SHARE
-    assert len(kept(ring)) >= 80 // AT_REST_SHARE // 2
+        assert ring.start == last - 1
+        assert kept(ring) == [last]
+
+
+def test_at_rest_a_large_one_is_not_kept() -> None:
+    ring = Ring(AT_REST_SHARE * KEPT_BYTES - 1)
+    push(ring, 1, 3, is_awaited=False)
+    assert ring.start == 3
+    assert kept(ring) == []
+    push(ring, 4, 5, is_awaited=True)
+    assert ring.start == 3
+    assert kept(ring) == [4, 5]
 
 
 def test_who_is_behind_finds_everything_since_up_to_the_budget() -> None:
@@ -51,8 +61,11 @@ def test_what_nobody_waits_for_any_more_goes_with_the_next_one() -> None:
 
     push(ring, 81, 81, is_awaited=False)
 
-    assert len(kept(ring)) <= 80 // AT_REST_SHARE
-    assert kept(ring)[-1] == 81
+    assert ring.start == 80
+    assert kept(ring) == [81]
+
+    push(ring, 82, 160, is_awaited=True)
+    assert kept(ring) == list(range(81, 161))
 
 
 def test_one_publication_larger_than_all_leaves_an_empty_ring() -> None:
