@@ -259,6 +259,7 @@ async def test_health_is_public_and_its_detail_internal(gateway: Gateway) -> Non
         assert (await client.get(gateway.admin_url + "/healthz")).status_code == 200
 
 
+@pytest.mark.usefixtures("server")
 async def test_metrics_count_what_happened(gateway: Gateway, work: Work) -> None:
     async with tab(gateway) as opened, http(gateway, None) as client:
         await work.run()
@@ -295,6 +296,7 @@ async def test_operators_need_the_scope(gateway: Gateway) -> None:
             assert answer.json()["node"] == gateway.node.node_id
 
 
+@pytest.mark.usefixtures("server")
 async def test_operator_disconnects_a_user_on_every_node(gateway: Gateway) -> None:
     odd = "a/b {x}"
     async with (
@@ -313,6 +315,7 @@ async def test_operator_disconnects_a_user_on_every_node(gateway: Gateway) -> No
         assert await other.is_alive()
 
 
+@pytest.mark.usefixtures("server")
 async def test_tokens_never_reach_the_log(
     gateway: Gateway, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -47,6 +47,13 @@ async def gateways(
 
 
 @pytest_asyncio.fixture
+async def gateway(redis_url: str, key_prefix: str, server: str) -> AsyncIterator[Gateway]:
+    settings = gateway_settings(redis_url, key_prefix, max_connections_per_user=10)
+    async with running_gateway(settings) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
 async def link(redis_url: str) -> AsyncIterator[RedisLink]:
     opened = RedisLink(redis_url)
     yield opened
@@ -92,6 +99,23 @@ async def test_ten_of_twelve_get_in_over_two_gateways_and_two_are_told_why(
                 pass
         leave.set()
     await eventually(lambda: gone(redis, connections(key_prefix)))
+
+
+@pytest.mark.usefixtures("server")
+async def test_full_gateway_refuses_whoever_comes_until_somebody_leaves(
+    redis_url: str, redis: redis.asyncio.Redis, key_prefix: str
+) -> None:
+    settings = gateway_settings(redis_url, key_prefix, max_connections_per_node=2)
+    async with running_gateway(settings) as gateway, tab(gateway):
+        async with tab(gateway, "bob"):
+            response, problem = await refusal(gateway, headers=bearer("carol"))
+            assert response.status_code == 429
+            assert int(response.headers["Retry-After"]) > 0
+            assert "This gateway has as many connections" in problem["detail"]
+            assert not await redis.exists(connections(key_prefix, "carol"))
+        await eventually(lambda: has(tuple(gateway.pool), 1))
+        async with tab(gateway, "carol") as opened:
+            assert await opened.is_alive()
 
 
 async def has(things: Sequence[object], count: int) -> bool:
@@ -140,12 +164,12 @@ async def test_places_of_a_dead_gateway_are_free_when_its_sign_of_life_is_gone(
 
 
 async def test_gateway_that_was_taken_for_dead_enters_its_places_again(
-    gateways: Sequence[Gateway], redis: redis.asyncio.Redis, key_prefix: str
+    gateway: Gateway, redis: redis.asyncio.Redis, key_prefix: str
 ) -> None:
     key = connections(key_prefix)
-    async with tab(gateways[0]) as opened, tab(gateways[0], "bob"):
+    async with tab(gateway) as opened, tab(gateway, "bob"):
         before = await redis.hgetall(key)
-        await redis.delete(key, connections(key_prefix, "bob"), gateways[0].node.channel)
+        await redis.delete(key, connections(key_prefix, "bob"), gateway.node.channel)
         await eventually(lambda: redis.exists(key))
         assert await redis.hgetall(key) == before
         assert await redis.exists(connections(key_prefix, "bob"))
@@ -155,14 +179,14 @@ async def test_gateway_that_was_taken_for_dead_enters_its_places_again(
 # It is about the node's own key: which server its connections are on plays no part.
 @direct_only
 async def test_what_stands_in_place_of_its_sign_of_life_ends_no_gateway(
-    gateways: Sequence[Gateway], redis: redis.asyncio.Redis
+    gateway: Gateway, redis: redis.asyncio.Redis
 ) -> None:
-    node = gateways[0].node
+    node = gateway.node
 
     async def is_renewed() -> bool:
         return bool(await redis.type(node.channel) == b"string")
 
-    async with tab(gateways[0]) as opened:
+    async with tab(gateway) as opened:
         await redis.delete(node.channel)
         await redis.rpush(node.channel, "not text")
         with pytest.raises(ScriptFailed):
@@ -195,12 +219,12 @@ async def test_open_places_never_expire(
 
 
 async def test_place_nobody_uses_any_more_does_not_keep_its_user_out(
-    gateways: Sequence[Gateway], redis: redis.asyncio.Redis, key_prefix: str
+    gateway: Gateway, redis: redis.asyncio.Redis, key_prefix: str
 ) -> None:
-    mine = gateways[0].node.node_id
+    mine = gateway.node.node_id
     left = {f"con_{number}": f"{mine} " for number in range(10)}
     await redis.hset(connections(key_prefix), mapping={**left, "con_x": b"broken"})  # type: ignore[arg-type]
-    async with tab(gateways[0]):
+    async with tab(gateway):
         assert await redis.hlen(connections(key_prefix)) == 1
 
 
@@ -289,14 +313,13 @@ async def is_lost(proxy: RedisProxy) -> bool:
 
 
 async def test_what_stands_in_one_users_way_keeps_no_other_from_a_place(
-    gateways: Sequence[Gateway],
+    gateway: Gateway,
     redis: redis.asyncio.Redis,
     key_prefix: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(place_keeper, "HOLD_EVERY_S", 0.0)
     monkeypatch.setattr(place_keeper, "LOOK_EVERY_S", 0.02)
-    gateway, _ = gateways
     key = connections(key_prefix)
     async with tab(gateway) as opened, tab(gateway, "bob"):
         await redis.set(key, "not a hash")
@@ -380,10 +403,8 @@ OURS = ("gateway.", "relay.", "uvicorn.", "starlette.")
 
 
 async def test_connections_that_come_and_go_leave_nothing(
-    gateways: Sequence[Gateway], redis: redis.asyncio.Redis, key_prefix: str
+    gateway: Gateway, redis: redis.asyncio.Redis, key_prefix: str
 ) -> None:
-    gateway, _ = gateways
-
     async def cycle(number: int) -> None:
         async with tab(gateway, f"user-{number % 7}", query=f"?client_id=c{number}"):
             pass
@@ -405,9 +426,8 @@ async def test_connections_that_come_and_go_leave_nothing(
 
 
 async def test_peer_that_vanishes_during_the_upgrade_leaves_no_place(
-    gateways: Sequence[Gateway], redis: redis.asyncio.Redis, key_prefix: str
+    gateway: Gateway, redis: redis.asyncio.Redis, key_prefix: str
 ) -> None:
-    gateway, _ = gateways
     host, port = gateway.url.removeprefix("http://").split(":")
     head = (
         f"GET /v1/ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
@@ -429,20 +449,18 @@ async def nothing_left(gateway: Gateway) -> bool:
     return figures.connections == figures.opening == figures.places_owed == 0
 
 
-async def test_statistics_of_the_node(gateways: Sequence[Gateway]) -> None:
+async def test_statistics_of_the_node(gateway: Gateway) -> None:
     async def stats() -> dict[str, Any]:
-        async with http(gateways[0], "operator", scopes=["relay:admin"]) as client:
-            told: dict[str, Any] = (
-                await client.get(gateways[0].admin_url + "/v1/admin/stats")
-            ).json()
+        async with http(gateway, "operator", scopes=["relay:admin"]) as client:
+            told: dict[str, Any] = (await client.get(gateway.admin_url + "/v1/admin/stats")).json()
             return told
 
     opened: Tab
-    async with tab(gateways[0]) as opened, tab(gateways[0]), tab(gateways[0], "bob"):
+    async with tab(gateway) as opened, tab(gateway), tab(gateway, "bob"):
         figures = await stats()
         assert figures["connections"] == 3
         assert (figures["users"], figures["largest_user"], figures["opened"]) == (2, 2, 3)
         assert (figures["max_per_user"], figures["max_connections"]) == (10, 20_000)
         await opened.socket.close()
-        await eventually(lambda: has(tuple(gateways[0].pool), 2))
+        await eventually(lambda: has(tuple(gateway.pool), 2))
         assert (await stats())["closed"] == {"1000": 1}
