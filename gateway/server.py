@@ -19,6 +19,7 @@ from gateway.clock import steady_ms
 from gateway.doorkeeper import Lobby
 from gateway.outbox import Backlog
 from gateway.websocket import RelayWebSocketProtocol
+from relay.cancellation import end_tasks
 from relay.errors import ConfigurationError
 
 BACKLOG = 2048
@@ -293,6 +294,7 @@ class Listener(uvicorn.Server):
         self._listening = listening
         self._hand_over = hand_over
         self._is_serving = asyncio.Event()
+        self._stop_asked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -309,6 +311,7 @@ class Listener(uvicorn.Server):
     async def stop(self) -> None:
         """Stop accepting, hand over, close; return when all is done."""
         self.should_exit = True
+        self._stop_asked.set()
         if self._task is not None:
             await self._task
         self._listening.close()
@@ -317,6 +320,17 @@ class Listener(uvicorn.Server):
         """Start serving."""
         await super().startup(sockets)
         self._is_serving.set()
+
+    async def main_loop(self) -> None:
+        """Return as soon as somebody asked to stop; uvicorn's own looks ten times a second."""
+        ticking = asyncio.create_task(super().main_loop())
+        asked = asyncio.create_task(self._stop_asked.wait())
+        try:
+            await asyncio.wait([ticking, asked], return_when=asyncio.FIRST_COMPLETED)
+            if ticking.done():
+                await ticking
+        finally:
+            await end_tasks([ticking, asked])
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop serving, gently."""

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ import pytest
 
 from gateway.app import Gateway, running_gateway
 from gateway.protocol import Connection
+from gateway.server import Listener, bind, server_config
 from relay.errors import CloseCode, ConfigurationError, RedisMisconfigured, RedisUnavailable
 from relay.keys import Keys
 from tests.integration.gateway_support import (
@@ -358,6 +359,38 @@ async def test_connection_that_fails_at_its_time_is_cut_off_alone(
         assert await alice.closed() == (CloseCode.INTERNAL, "connection failed")
         await bob.until("heartbeat")
         assert [connection.user_id for connection in gateway.pool] == ["bob"]
+
+
+async def unused(scope: object, receive: object, send: object) -> None:
+    raise AssertionError("nobody asks for anything")
+
+
+def listener(look: Callable[[int], Awaitable[bool]]) -> Listener:
+    """Give a server that looks in its own way whether it should go on."""
+    listening = bind("127.0.0.1", 0, host_variable="HOST", port_variable="PORT")
+    made = Listener(server_config(unused, max_frame_bytes=1_000), listening)
+    made.on_tick = look  # type: ignore[method-assign]
+    return made
+
+
+async def test_server_stops_when_it_is_asked_and_not_when_it_looks_next() -> None:
+    async def look_for_ever(_: int) -> bool:
+        return await asyncio.Event().wait()
+
+    serving = listener(look_for_ever)
+    await serving.start()
+    async with asyncio.timeout(5):
+        await serving.stop()
+
+
+async def test_server_that_fails_while_it_serves_says_so() -> None:
+    async def fail(_: int) -> bool:
+        raise RuntimeError("defect")
+
+    serving = listener(fail)
+    with pytest.raises(RuntimeError, match="defect"):
+        await serving.main_loop()
+    await serving.stop()
 
 
 async def test_gateway_that_never_started_stops_cleanly(redis_url: str, key_prefix: str) -> None:
