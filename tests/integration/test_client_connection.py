@@ -147,6 +147,7 @@ async def test_broken_connections_lose_and_double_nothing(redis_url: str, key_pr
         assert joined_text(events) == events[-1].data["result"]
 
 
+@pytest.mark.usefixtures("server")
 async def test_drained_gateway_hands_over_to_the_next(redis_url: str, key_prefix: str) -> None:
     async with (
         stack(redis_url, key_prefix, gateways=2) as [first, second],

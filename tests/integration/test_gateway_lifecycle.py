@@ -23,14 +23,12 @@ from relay.errors import CloseCode, ConfigurationError, RedisMisconfigured, Redi
 from relay.keys import Keys
 from tests.integration.gateway_support import (
     SECRET,
-    SERVERS,
     bearer,
     eventually,
     gateway_settings,
     http,
     raw_tab,
     tab,
-    use_server,
 )
 from tests.support.acl import as_user
 
@@ -338,11 +336,10 @@ async def test_gateway_without_its_feeds_ends(
                 await gateway.wait()
 
 
-@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.usefixtures("server")
 async def test_connection_that_fails_at_its_time_is_cut_off_alone(
-    redis_url: str, key_prefix: str, monkeypatch: pytest.MonkeyPatch, server: str
+    redis_url: str, key_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_server(server, monkeypatch)
     tick = Connection.tick
 
     def fail_for_alice(connection: Connection) -> None:
