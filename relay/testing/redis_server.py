@@ -235,11 +235,12 @@ class RedisServer:
         return []
 
     def _spawn(self, binary: str, port: int) -> subprocess.Popen[bytes]:
-        command = [binary, "--port", str(port), "--dir", str(self.directory)]
-        command += ["--logfile", str(self.directory / "redis.log")]
-        for name, value in self._options.items():
-            command += [f"--{name}", value]
-        command += self.more_options()
+        folder = str(self.directory)
+        lines = {"dir": folder, "logfile": f"{folder}/redis.log", **self._options}
+        config = self.directory / "redis.conf"
+        config.touch(mode=0o600)
+        config.write_text("".join(_line(name, value) for name, value in lines.items()))
+        command = [binary, str(config), "--port", str(port), *self.more_options()]
         # A session of its own: Ctrl-C in the terminal must reach pytest first, not the server.
         return subprocess.Popen(  # noqa: S603 (found on the PATH or in a package)
             command,
@@ -271,3 +272,12 @@ class RedisServer:
     def _answers_as_itself(self, client: redis.Redis) -> bool:
         info = client.info("server")
         return isinstance(info, dict) and int(info["process_id"]) == self.pid
+
+
+def _line(name: str, value: str) -> str:
+    """Give a line of redis.conf."""
+    # What is one word although it may hold spaces; "replicaof", say, takes two.
+    if not value or name in {"dir", "logfile", "requirepass", "masterauth"}:
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'{name} "{escaped}"\n'
+    return f"{name} {value}\n"
