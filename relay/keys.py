@@ -40,6 +40,9 @@ WORKER_INDEX_TTL_MS = 3_600_000
 UPLOAD_TTL_MS = 600_000
 """A large event that was written but never published goes after this."""
 
+TOUCH_MS = 60_000
+"""How often publishing renews the times to live of a channel's keys."""
+
 BODY_PIECE_BYTES = 131_072
 """An event that is stored beside the log lies there in pieces of this size."""
 
@@ -66,6 +69,7 @@ SCRIPT_CONSTANTS: dict[str, int] = {
     "RUN_TTL_ACTIVE_MS": RUN_TTL_ACTIVE_MS,
     "RUN_TTL_AFTER_END_MS": RUN_TTL_AFTER_END_MS,
     "TEXT_TTL_AFTER_RUN_MS": TEXT_TTL_AFTER_RUN_MS,
+    "TOUCH_MS": TOUCH_MS,
     "WIRE_VERSION": WIRE_VERSION,
 }
 """What the scripts know under the same names: nothing of it is written down in Lua."""

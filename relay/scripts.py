@@ -36,7 +36,7 @@ OLDEST_REDIS = (6, 2)
 SCHEMES = ("redis", "rediss", "unix", "valkey", "valkeys", *SENTINEL_SCHEMES)
 
 _PARTS: dict[str, tuple[str, ...]] = {
-    "publish": ("_channel", "_append", "_run", "_lanes", "publish"),
+    "publish": ("publish_usual", "_channel", "_append", "_run", "_lanes", "publish"),
     "submit": ("_channel", "_append", "_run", "_lanes", "submit"),
     "open": ("_channel", "_append", "_run", "_lanes", "open"),
     "claim": ("_channel", "_run", "_lanes", "claim"),

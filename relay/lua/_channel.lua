@@ -1,4 +1,5 @@
--- Every script begins with this file: one user's channel, opened by the rules that keep it right.
+-- Every script but publish, which has its usual case before it, begins with this file: one user's
+-- channel, opened by the rules that keep it right.
 --
 -- KEYS  1 channel  2 log  3 texts  4 live  5 runs  6 threads  (7 run, where one is concerned)
 -- ARGV  1 instance: master_replid as the caller learned it when it connected
@@ -18,7 +19,6 @@ local MAX_EVENTS, MAX_AGE_MS, MAX_BYTES = tonumber(ARGV[3]), tonumber(ARGV[4]), 
 
 local KIND_EVENT, KIND_TEXT = 0, 1
 local MAX_PREVIOUS = 8
-local TOUCH_MS = 60000
 
 -- All of this is run anew with each call: helpers of what is rare stand within the rare functions,
 -- where they cost nothing until then. Numbers may be given to Redis as they are: it writes them with
