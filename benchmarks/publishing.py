@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import uvloop
@@ -28,6 +29,7 @@ from relay.scripts import RedisLink
 AGENT = "bench"
 EVENTS_PER_RUN = 200
 DELTA = "seven c"
+CLOCK_S = 0.005
 
 _BARE_SCRIPT = """
 local id = redis.call('XADD', KEYS[1], '*', 'e', ARGV[1])
@@ -176,30 +178,23 @@ async def side_by_side(bench: Bench, events: int, runs: int = 50) -> Work:
     return work
 
 
-async def deltas(
-    bench: Bench, events: int, runs: int = 50, rate: float = 100.0, *, is_silent: bool = False
-) -> Work:
-    """Fifty runs that stream text, each a hundred pieces a second; an event is a piece.
+async def deltas(bench: Bench, events: int, runs: int = 200, rate: float = 100.0) -> Work:
+    """Runs that stream text, each a hundred pieces a second; an event is a piece.
 
-    Args:
-        is_silent: Wait for the pieces, and publish none: what the waiting itself costs.
+    One clock drives them all: a timer for each piece would cost more than the piece.
     """
     streams = await bench.open_runs(runs)
-    each = events // runs
-
-    async def publish(stream: RunStream, late_s: float) -> None:
-        due_s = time.perf_counter() + late_s
-        for _ in range(each):
-            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-            due_s += 1 / rate
-            if not is_silent:
-                await stream.delta(DELTA)
-        await stream.flush()
 
     async def work() -> int:
-        spread = (index / runs / rate for index in range(runs))
-        await asyncio.gather(*map(publish, streams, spread))
-        return each * runs
+        began_s, sent = time.perf_counter(), 0
+        while sent < events:
+            due = int((time.perf_counter() - began_s) * rate * runs)
+            for number in range(sent, min(due, events)):
+                await streams[number % runs].delta(DELTA)
+                sent += 1
+            await asyncio.sleep(CLOCK_S)
+        await asyncio.gather(*(stream.flush() for stream in streams))
+        return events
 
     return work
 
@@ -277,8 +272,6 @@ async def _prepare(bench: Bench, mode: str, arguments: Sequence[str]) -> Work:
             return await paced(bench, int(users), float(rate), float(seconds))
         case "runs", [runs, concurrency]:
             return await whole_runs(bench, int(runs), int(concurrency))
-        case "timers", [events]:
-            return await deltas(bench, int(events), is_silent=True)
         case "bare-pipelined", [events]:
             return await bare(bench, int(events), pipelined=50)
         case _, [events]:
@@ -288,6 +281,7 @@ async def _prepare(bench: Bench, mode: str, arguments: Sequence[str]) -> Work:
                 "batches": batches,
                 "side-by-side": side_by_side,
                 "deltas": deltas,
+                "few-deltas": partial(deltas, runs=50),
                 "bare": bare,
             }
             return await modes[mode](bench, int(events))
