@@ -213,7 +213,7 @@ class RedisProcess:
                 *(binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder)),
                 *("--save", "", "--appendonly", "no", "--maxclients", "20000"),
                 # A gateway that lags at saturation must show as latency, not as a lost connection.
-                *("--client-output-buffer-limit", *"pubsub 256mb 128mb 60".split()),
+                *("--client-output-buffer-limit", "pubsub", "256mb", "128mb", "60"),
             ],
         )
         self.process.wait_for_line("Ready to accept connections")

@@ -697,18 +697,9 @@ static void read_connections(const char *path) {
 }
 
 static void idle_until_command(void) {
-  struct epoll_event event;
-  for (bool has_command = false; !has_command;) {
-    /* Pings must be answered while nothing is measured. */
-    static struct epoll_event events[MAX_EVENTS];
-    int count = epoll_wait(epoll_fd, events, MAX_EVENTS, 1000);
-    for (int i = 0; i < count; i++) {
-      event = events[i];
-      if (event.data.ptr == &stdin_tag) has_command = true;
-      else if (event.data.ptr == &redis_tag) read_redis();
-      else if (event.data.ptr != &timer_tag) handle_connection(event.data.ptr);
-    }
-  }
+  /* Pings must be answered while nothing is measured. */
+  for (is_told = false; !is_told;) turn(1000);
+  is_told = false;
 }
 
 int main(int argc, char **argv) {
