@@ -29,8 +29,9 @@ from benchmarks.stage import Plan, Stage
 NAME = "throughput"
 USERS = 500
 BURST = 5
-ON_THEIR_WAY = 4
-"""Events for each user, on average. With fewer, gateways would wait for the load."""
+ON_THEIR_WAY = 8
+"""Events for each user, on average. With fewer, gateways that share a processor with the load would
+wait for it more than for themselves, and have little to gather for a socket."""
 
 RELAY, SOURCE = "relay", "relay, from source"
 USUAL, FLOOR, FLOOR_TICK = "usual way", "C floor", "C floor, one send a tick"
