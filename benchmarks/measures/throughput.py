@@ -84,8 +84,8 @@ _BOUNDS: dict[tuple[str, str], tuple[float, float | None]] = {
 
 
 def measure(plan: Plan) -> Section:
-    users, rounds = plan.size(USERS, 100), plan.size(5, 2)
-    seconds = plan.size(1.5, 0.7)
+    users, rounds = plan.size(USERS, 100), plan.size(9, 2)
+    seconds = plan.size(1.0, 0.7)
     with Stage(plan) as stage:
         server = stage.redis()
         candidates = _start(stage, server, users)
