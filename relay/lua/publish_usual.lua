@@ -11,14 +11,17 @@ if ARGV[11] == '0' and not ARGV[17] and (name == 'agent_thinking' or name == 'cu
   local clock = call('TIME')
   local now = clock[1] .. format('%03d', clock[2] / 1000)
   local channel = call('HMGET', KEYS[1], 'epoch', 'offset', 'floor', 'tail', 'bytes', 'instance',
-    'touched', 'length')
+    'touched', 'length', 'held')
   local run = call('HMGET', KEYS[7], 'status', 'fence', 'seq', 'batch', 'cancel')
   local epoch = channel[1]
   if epoch and #epoch < 32 and channel[6] == ARGV[1]
     and channel[7] and now - channel[7] <= TOUCH_MS
-    -- Something is in the log, and neither of its bounds is reached.
+    -- Something is in the log, and there is nothing to trim: neither of its bounds is reached, or
+    -- an active run holds what would go, as the last look has found.
     and channel[4] - channel[3] > 0
-    and channel[8] and channel[8] - ARGV[3] < ARGV[3] / 16 - 1
+    and channel[8] and (channel[8] - ARGV[3] < ARGV[3] / 16 - 1
+      or channel[9] and channel[8] - channel[9] < ARGV[3] / 16 - 1
+        and channel[8] - ARGV[3] * 10 < 0)
     and channel[5] + #event <= ARGV[5] + 0
     and #event + #run_id + 24 < BODY_THRESHOLD_BYTES
     and run[1] == 'running' and run[2] == ARGV[7] and run[4] and ARGV[8] - run[4] == 1

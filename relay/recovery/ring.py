@@ -95,7 +95,7 @@ class Ring:
     def contradicts(self, publication: Publication) -> bool:
         """Whether another event is known to stand at the same offset.
 
-        Only what is kept is known. A history that fell back and has been filled again beyond that
+        Only what is kept is known, at rest the newest. A history that fell back and has been filled again beyond that
         is noticed by the server's identity, by the next position check or page, or by publishers
         whose batches are missing.
         """

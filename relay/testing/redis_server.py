@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 START_DEADLINE_S = 15.0
 STOP_DEADLINE_S = 10.0
 
+SEVERAL_WORDS = frozenset(
+    {
+        *("bind", "client-output-buffer-limit", "loadmodule", "oom-score-adj-values"),
+        *("rename-command", "replicaof", "save", "slaveof", "user"),
+    }
+)
+"""Settings whose value is more than one word; the value of any other is one, spaces or not."""
+
 LOWEST_PORT = 20_000
 FEWEST_PORTS = 5_000
 PORT_ATTEMPTS = 1_000
@@ -47,6 +55,7 @@ def free_port(*, together: int = 1) -> int:
 
     They lie below those that the kernel gives to outgoing connections: else a connection that
     knows nothing of it could take the port of a server which starts or restarts a moment later.
+    Where the kernel gives nearly all ports to those, it may be any.
 
     Raises:
         OSError: No such ports were found.
@@ -276,8 +285,8 @@ class RedisServer:
 
 def _line(name: str, value: str) -> str:
     """Give a line of redis.conf."""
-    # What is one word although it may hold spaces; "replicaof", say, takes two.
-    if not value or name in {"dir", "logfile", "requirepass", "masterauth"}:
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'{name} "{escaped}"\n'
-    return f"{name} {value}\n"
+    if value and name in SEVERAL_WORDS:
+        return f"{name} {value}\n"
+    for character, escape in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r")):
+        value = value.replace(character, escape)
+    return f'{name} "{value}"\n'

@@ -156,17 +156,20 @@ async def test_a_message_just_below_a_claim_is_usual(run: Attempt) -> None:
 
 
 async def test_a_log_that_is_full_up_to_what_may_gather_is_usual(run: Attempt) -> None:
-    for number in range(4, 50):
+    usual_at = set()
+    for number in range(4, 60):
         ways = Ways(run)
         general = await ways.play(ways.general, thinking(run, number=number))
         whole = await ways.play(ways.whole, thinking(run, number=number))
         assert whole == general
         usual = await ways.play(ways.usual, thinking(run, number=number))
         assert usual == general or usual.answer == [b"fell through"]
-        # It is not usual where a part of the log goes, or was just held.
-        if number < MAX_EVENTS - 4:
-            assert usual == general
+        if usual == general:
+            usual_at.add(number)
         await run.publish(run.event(size=10))
+    assert set(range(4, MAX_EVENTS - 1)) <= usual_at
+    # From then on the run holds its events in the log, and every look at it serves some more.
+    assert 5 < len(usual_at & set(range(MAX_EVENTS + 4, 60))) < 20
 
 
 Change = Callable[[Ways], Awaitable[Any]]
@@ -198,8 +201,17 @@ async def was_touched_long_ago(ways: Ways) -> None:
     await channel_has(touched=now_s * 1_000 - TOUCH_MS - 1_000)(ways)
 
 
-async def lacks_a_field(ways: Ways) -> None:
-    await ways.client.hdel(ways.run.channel.keys.channel, "length", "touched")
+def channel_lacks(name: str) -> Change:
+    return lambda ways: ways.client.hdel(ways.run.channel.keys.channel, name)
+
+
+async def is_full_and_was_never_held(ways: Ways) -> None:
+    await channel_has(length=MAX_EVENTS + 2)(ways)
+    await channel_lacks("held")(ways)
+
+
+async def run_lacks_its_batch(ways: Ways) -> None:
+    await ways.client.hdel(ways.run.channel.keys.run(ways.run.run_id), "batch")
 
 
 @pytest.mark.parametrize(
@@ -209,12 +221,17 @@ async def lacks_a_field(ways: Ways) -> None:
         channel_has(epoch="e" * 32),
         channel_has(floor=5),
         channel_has(length=MAX_EVENTS + 2),
+        channel_has(length=MAX_EVENTS + 9, held=MAX_EVENTS + 7),
+        channel_has(length=MAX_EVENTS * 10, held=MAX_EVENTS * 10),
         channel_has(bytes=MAX_BYTES - 10),
         is_without("channel"),
         is_without("log"),
         has_an_entry_that_nobody_counted,
         was_touched_long_ago,
-        lacks_a_field,
+        channel_lacks("length"),
+        channel_lacks("touched"),
+        is_full_and_was_never_held,
+        run_lacks_its_batch,
         has_no_run,
         run_has(status="waiting"),
         run_has(status="retrying"),

@@ -1,6 +1,7 @@
 """The Redis that the tests run on is real, private to each key prefix, and can be hurt."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 import redis.asyncio
@@ -8,6 +9,7 @@ import redis.exceptions
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from relay.testing.redis_server import RedisServer
 from tests.conftest import OwnRedis
 
 
@@ -72,3 +74,23 @@ async def test_two_servers_of_one_test_are_apart(own_redis: OwnRedis) -> None:
 async def test_start_failure_shows_what_redis_said(own_redis: OwnRedis) -> None:
     with pytest.raises(RuntimeError, match="did not come up"):
         await own_redis(options={"no-such-option": "1"})
+
+
+async def test_words_and_values_with_spaces_reach_redis(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder"
+    password = 'with "quotes", a \\ and a\nbreak'
+    options = {
+        "unixsocket": f"{folder}/a socket",
+        "client-output-buffer-limit": "pubsub 2mb 1mb 30",
+        "maxmemory-policy": "noeviction",
+    }
+    server = RedisServer(folder, password=password, options=options)
+    await server.start()
+    try:
+        async with server.client() as client:
+            kept = await client.config_get("*")
+        assert kept["unixsocket"] == options["unixsocket"]
+        assert kept["requirepass"] == password
+        assert "pubsub 2097152 1048576 30" in kept["client-output-buffer-limit"]
+    finally:
+        await server.stop()

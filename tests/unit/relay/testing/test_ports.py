@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -18,10 +19,14 @@ def test_free_ports_can_be_bound(together: int) -> None:
             server.listen()
 
 
-def test_free_port_is_none_of_those_for_outgoing_connections() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        given_by_the_kernel = server.getsockname()[1]
-    assert all(free_port() < given_by_the_kernel for _ in range(20))
+def test_free_port_is_none_of_those_for_outgoing_connections(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ports = tmp_path / "ip_local_port_range"
+    monkeypatch.setattr("relay.testing.redis_server.OUTGOING_PORTS", ports)
+    for text, first in (("30000\t60999\n", 30_000), ("1024 65535\n", 25_000)):
+        ports.write_text(text)
+        assert all(20_000 <= free_port() < first for _ in range(20))
 
 
 def test_free_port_is_never_a_taken_one(monkeypatch: pytest.MonkeyPatch) -> None:
