@@ -95,9 +95,9 @@ class Ring:
     def contradicts(self, publication: Publication) -> bool:
         """Whether another event is known to stand at the same offset.
 
-        Only what is kept is known, at rest the newest. A history that fell back and has been filled again beyond that
-        is noticed by the server's identity, by the next position check or page, or by publishers
-        whose batches are missing.
+        Only what is kept is known, at rest the newest. A history that fell back and has been filled
+        again beyond that is noticed by the server's identity, by the next position check or page,
+        or by publishers whose batches are missing.
         """
         if publication.is_claim or publication.kind == Kind.TEXT:
             return False
