@@ -277,7 +277,16 @@ def test_no_origin_passes_but_the_gateways_own(origin: str, host: str) -> None:
 @pytest.mark.faults_full
 def test_many_examples_of_all_of_these() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--timeout=1800",
+            __file__,
+        ],
         env={**os.environ, "RELAY_FUZZ_EXAMPLES": str(MANY)},
         cwd=Path(__file__).parents[2],
         capture_output=True,
