@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import IO
 import redis
 
 from relay.lifeline import Lifeline
+from relay.testing.redis_server import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "benchmark-secret-benchmark-secret"
@@ -190,14 +190,6 @@ class Process:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
         self._log.close()
-
-
-def free_port() -> int:
-    """Give a loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class RedisProcess:

@@ -340,7 +340,7 @@ class EmbeddedRedis:
         }
         path = self.data_dir / "redis.conf"
         path.touch(mode=0o600)
-        text = "".join(f"{name} {_quoted(value)}\n" for name, value in lines.items())
+        text = "".join(f"{name} {quoted(value)}\n" for name, value in lines.items())
         path.write_text(text)
         return path
 
@@ -380,9 +380,11 @@ def _try_lock(lock: IO[str]) -> bool:
     return True
 
 
-def _quoted(value: str) -> str:
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+def quoted(value: str) -> str:
+    """Give a value as one word of redis.conf, spaces or not."""
+    for character, escape in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r")):
+        value = value.replace(character, escape)
+    return f'"{value}"'
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

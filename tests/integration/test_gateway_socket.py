@@ -32,6 +32,7 @@ from tests.integration.gateway_support import (
     http,
     raw_tab,
     tab,
+    upgrade_by_hand,
 )
 from tests.unit.gateway.test_wire import sent
 
@@ -87,22 +88,12 @@ class Wire:
 
 @contextlib.asynccontextmanager
 async def upgraded(url: str, early: bytes = b"") -> AsyncIterator[Wire]:
-    host, port = url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    try:
-        writer.write(
-            f"GET /v1/ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
-            "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
-            f"Authorization: {bearer()['Authorization']}\r\n\r\n".encode()
-            + early
-        )
+    authorization = bearer()["Authorization"]
+    async with upgrade_by_hand(url, authorization, behind=early) as (reader, writer):
         async with asyncio.timeout(5):
             head = await reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 101 ")
         yield Wire(reader, writer)
-    finally:
-        writer.close()
 
 
 @contextlib.asynccontextmanager
