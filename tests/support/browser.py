@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import shutil
 import sys
+import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +36,7 @@ FIREFOX_NAMES = ("firefox-esr", "firefox")
 NO_FIREFOX = "There is no Firefox on PATH. Install it, for example: apt-get install firefox-esr."
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
 DEADLINE_MS = 45_000
+ANSWER_DEADLINE_S = 5.0
 
 # What browsers themselves log when a gateway is away; the page cannot prevent it.
 _NETWORK_COMPLAINT = re.compile(
@@ -127,12 +130,18 @@ class Tab:
     Attributes:
         page: For what this class has no word for.
         complaints: Errors and warnings of the console, and exceptions that nobody caught.
+        story: What the page loaded and connected to, with seconds since the tab was opened.
     """
 
     def __init__(self, page: Page) -> None:
         self.page = page
         self.complaints: list[str] = []
+        self.story: list[str] = []
+        self._opened_s = time.monotonic()
         page.set_default_timeout(DEADLINE_MS)
+        self._listen(page)
+
+    def _listen(self, page: Page) -> None:
         page.on(
             "console",
             lambda message: (
@@ -143,6 +152,23 @@ class Tab:
         )
         page.on("pageerror", lambda error: self.complaints.append(f"uncaught: {error}"))
         page.on("websocket", _record)
+        page.on("request", lambda request: self._note("asks for", request.url))
+        page.on("requestfinished", lambda request: self._note("has", request.url))
+        page.on("requestfailed", lambda request: self._note("cannot have", request.url))
+        page.on("domcontentloaded", lambda page: self._note("read", page.url))
+        page.on("load", lambda page: self._note("loaded", page.url))
+        page.on("crash", lambda page: self._note("crashed", page.url))
+        page.on("websocket", self._follow)
+
+    def _follow(self, socket: WebSocket) -> None:
+        where = socket.url.partition("?")[0]
+        self._note("connects to", where)
+        socket.on("socketerror", lambda error: self._note(f"cannot connect ({error})", where))
+        socket.on("close", lambda _: self._note("disconnected from", where))
+
+    def _note(self, what: str, where: str) -> None:
+        place = where.partition("#")[0]
+        self.story.append(f"{time.monotonic() - self._opened_s:7.3f} {what} {place}")
 
     # --- Opening ---
 
@@ -163,8 +189,33 @@ class Tab:
 
     async def wait_state(self, state: str) -> None:
         """Wait until the connection indicator says ``state``."""
-        await self.page.wait_for_selector(
-            f'[data-testid=connection-state][data-state="{state}"]', state="attached"
+        # Playwright is installed where browsers are tested; this module is read everywhere.
+        from playwright.async_api import Error
+
+        try:
+            await self.page.wait_for_selector(
+                f'[data-testid=connection-state][data-state="{state}"]', state="attached"
+            )
+        except Error as error:
+            raise AssertionError(await self._explain(f"not {state}: {error}")) from None
+
+    async def _explain(self, problem: str) -> str:
+        """Tell all that is known of a page that does not do what it should."""
+        from playwright.async_api import Error
+
+        try:
+            async with asyncio.timeout(ANSWER_DEADLINE_S):
+                shown = await self.page.evaluate(
+                    """() => [document.readyState, document.visibilityState,
+                      document.querySelector("[data-testid=connection-state]")?.outerHTML,
+                      typeof window.relayPage, window.relayPage?.client?.state,
+                      JSON.stringify(window.breaches)].join("\\n")"""
+                )
+        except (TimeoutError, Error) as failure:
+            shown = f"the page does not answer: {failure!r}"
+        now_s = time.monotonic() - self._opened_s
+        return "\n".join(
+            [problem, *self.story, f"{now_s:7.3f} now", *self.complaints, "It shows:", shown]
         )
 
     async def node(self) -> str:
