@@ -6,7 +6,6 @@ blocks the event loop makes its own run stall; it must not make the whole worker
 
 from __future__ import annotations
 
-import re
 import secrets
 import threading
 import time
@@ -16,7 +15,6 @@ from typing import Any, cast
 
 import redis
 import structlog
-from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection
 from redis.exceptions import (
     AuthenticationError,
@@ -24,12 +22,12 @@ from redis.exceptions import (
     NoScriptError,
     RedisError,
 )
-from redis.retry import Retry
 
 from agent_worker.metrics import WorkerMetrics
 from relay.errors import PublishRefused, RunEnded, StaleFence
 from relay.keys import NODE_TTL_MS, WORKER_INDEX_TTL_MS, Keys, UserKeys
-from relay.scripts import LogLimits, load_scripts
+from relay.scripts import LogLimits, load_scripts, server_identity
+from relay.thread_client import thread_client
 from relay.workers import RunAtWork, WorkerCard, encode_card
 
 ANSWER_TIMEOUT_S = 1.0
@@ -158,16 +156,9 @@ class LeaseKeeper:
             self._leases = [held for held in self._leases if held is not lease]
 
     def _renew_until_stopped(self) -> None:
-        client = redis.Redis.from_url(
-            self._redis_url,
-            protocol=2,
-            socket_timeout=ANSWER_TIMEOUT_S,
-            socket_connect_timeout=ANSWER_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-            max_connections=1,
-            redis_connect_func=self._on_connect,
-        )
-        with client:
+        with thread_client(
+            self._redis_url, timeout_s=ANSWER_TIMEOUT_S, on_connect=self._on_connect
+        ) as client:
             while not self._stop.is_set():
                 try:
                     self._renew(client)
@@ -186,8 +177,7 @@ class LeaseKeeper:
         connection.send_command(  # type: ignore[no-untyped-call]
             "INFO", "replication", check_health=False
         )
-        match = re.search(rb"master_replid:([0-9a-f]+)", connection.read_response())
-        self._instance = match[1].decode() if match else "unknown"
+        self._instance = server_identity(connection.read_response())
 
     def _renew(self, client: redis.Redis) -> None:
         # First, because it makes the connection: the scripts are told which server that is.

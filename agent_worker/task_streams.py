@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 
 from relay.errors import RelayError
@@ -75,23 +72,16 @@ class TaskStreams:
     or refuses.
     """
 
-    def __init__(
-        self, link: RedisLink, redis_url: str, keys: Keys, agents: Sequence[str], consumer: str
-    ) -> None:
-        self._url = redis_url
+    def __init__(self, link: RedisLink, keys: Keys, agents: Sequence[str], consumer: str) -> None:
+        self._url = link.url
         self._shared = link.client
         self._keys = keys
         self._agents = list(agents)
         self._consumer = consumer
         self._agent_of = {keys.tasks(agent).encode(): agent for agent in agents}
-        self._reader = redis.asyncio.Redis.from_url(
-            redis_url,
-            protocol=2,
-            max_connections=1,
-            socket_timeout=READ_TIMEOUT_S,
-            socket_connect_timeout=READ_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-        )
+        # One connection of its own: nothing else could use it while a read waits.
+        self._own = RedisLink(link.url, max_connections=1, timeout_s=READ_TIMEOUT_S)
+        self._reader = self._own.client
         self._reader_id = 0
 
     async def prepare(self, in_hand: Collection[EntryKey]) -> list[TaskEntry]:
@@ -208,4 +198,4 @@ class TaskStreams:
 
     async def aclose(self) -> None:
         """Close the reading connection."""
-        await self._reader.aclose()
+        await self._own.aclose()

@@ -217,9 +217,7 @@ class RunningWorker:
         )
         self._link = RedisLink(settings.redis_url, limits=limits)
         self._publisher = Publisher(self._link, keys, merge_ms=settings.delta_merge_ms)
-        self._streams = TaskStreams(
-            self._link, settings.redis_url, keys, list(definitions), self.worker_id
-        )
+        self._streams = TaskStreams(self._link, keys, list(definitions), self.worker_id)
         self._leases = LeaseKeeper(
             settings.redis_url,
             keys,

@@ -1,8 +1,8 @@
 """Ending tasks for certain.
 
 On Python 3.11 ``asyncio.wait_for`` drops a cancellation that comes in the moment in which what it
-waits for is done (fixed in 3.12, https://github.com/python/cpython/issues/86296), and the Redis
-client sends every command through it. A loop that is cancelled once may therefore go on for ever.
+waits for is done (fixed in 3.12, https://github.com/python/cpython/issues/86296). Where a library
+or an agent uses it, a loop that is cancelled once may go on for ever.
 """
 
 from __future__ import annotations

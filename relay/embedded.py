@@ -29,6 +29,7 @@ from redis.exceptions import BusyLoadingError, RedisError
 
 from relay.errors import ConfigurationError
 from relay.lifeline import Lifeline
+from relay.redis_connections import obey_cancellation
 
 MIN_VERSION = (6, 2)
 CONTAINER_IMAGE = "redis:7-alpine"
@@ -346,6 +347,7 @@ class EmbeddedRedis:
 
     async def _wait_until_ready(self) -> None:
         client = Redis.from_url(self.url, socket_connect_timeout=2, socket_timeout=2)
+        obey_cancellation(client.connection_pool)
         loop = asyncio.get_running_loop()
         began = loop.time()
         is_loading = False

@@ -27,6 +27,7 @@ from relay import key_probes
 from relay.config import hide_password
 from relay.errors import RedisMisconfigured, RedisUnavailable, RelayError
 from relay.keys import SCRIPT_CONSTANTS, UserKeys
+from relay.redis_connections import obey_cancellation
 from relay.redis_refusals import explain_refusal, explain_tls, hint_at_tls, is_refusal
 from relay.resp import pack
 from relay.sentinel import make_master_pool
@@ -125,6 +126,15 @@ class ScriptCall(NamedTuple):
     args: tuple[str | bytes | int, ...]
 
 
+def server_identity(info: bytes) -> str:
+    """Read from ``INFO replication`` what scripts are told of the server, "unknown" to ask it."""
+    match = re.search(rb"master_replid:([0-9a-f]+)", info)
+    # A replica that is promoted keeps its connections: on one to a replica nothing can be known for
+    # long, and each script asks the server itself.
+    is_master = b"role:master" in info
+    return match[1].decode() if match and is_master else "unknown"
+
+
 class RedisLink:
     """Connections to one Redis, with translated errors and script calls.
 
@@ -178,17 +188,13 @@ class RedisLink:
                 self.pool = BlockingConnectionPool.from_url(redis_url, **options)
         except ValueError as error:
             raise RedisMisconfigured(f"{hide_password(url)!r}: {error}") from error
+        obey_cancellation(self.pool)
         self.client: Redis = Redis(connection_pool=self.pool)
 
     async def _on_connect(self, connection: AbstractConnection) -> None:
         await connection.on_connect()
         await connection.send_command("INFO", "replication", check_health=False)
-        info = await connection.read_response()
-        match = re.search(rb"master_replid:([0-9a-f]+)", info)
-        # A replica that is promoted keeps its connections: on one to a replica nothing can be
-        # known for long, and each script asks the server itself.
-        is_master = b"role:master" in info
-        self._instances[connection] = match[1].decode() if match and is_master else "unknown"
+        self._instances[connection] = server_identity(await connection.read_response())
 
     def call(
         self, name: str, user: UserKeys, run_id: str | None, *args: str | bytes | int

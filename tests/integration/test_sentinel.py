@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 import pytest
 import redis.asyncio
 
+from agent_worker import Run, Worker
+from agent_worker.bridge import AgentWebSocketBridge, BridgeState
 from gateway.app import running_gateway
 from relay.errors import RedisUnavailable
 from relay.lifeline import Lifeline
 from relay.scripts import RedisLink
 from relay.testing.redis_server import RedisServer, find_redis_server, free_port
-from tests.integration.gateway_support import SECRET, Work, eventually, tab
+from tests.integration.gateway_support import SECRET, eventually, tab
+from tests.integration.worker_support import Client
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -133,30 +136,57 @@ def settings_of(pair: Pair, key_prefix: str) -> Settings:
     )
 
 
-async def test_a_failover_is_followed_by_gateway_and_worker(pair: Pair, key_prefix: str) -> None:
+def echo_worker() -> Worker:
+    worker = Worker()
+
+    @worker.agent("echo")
+    async def echo(run: Run) -> str:
+        return run.request.content
+
+    return worker
+
+
+async def test_a_failover_is_followed_by_gateway_worker_and_bridge(
+    pair: Pair, key_prefix: str
+) -> None:
     settings = settings_of(pair, key_prefix)
-    async with running_gateway(settings) as gateway, Work(settings) as work, tab(gateway) as opened:
-        before = await work.run()
-        assert (await opened.until("agent_completed"))["run_id"] == before
+    async with (
+        running_gateway(settings) as gateway,
+        echo_worker().running(settings),
+        AgentWebSocketBridge(settings) as bridge,
+        Client(settings) as client,
+        tab(gateway) as opened,
+    ):
+
+        async def all_do_their_work() -> bool:
+            try:
+                asked = await client.submit("echo")
+            except RedisUnavailable:
+                # One of its connections was to the old master.
+                return False
+            completed = await opened.until("agent_completed", run_id=asked)
+            assert completed["data"]["result"] == "hi"
+            async with bridge.run(user_id="alice", thread_id="t", agent="outside") as run:
+                run.result = "from outside"
+            completed = await opened.until("agent_completed", run_id=run.run_id)
+            assert completed["data"]["result"] == "from outside"
+            return True
+
+        assert await all_do_their_work()
 
         # What the replica has not got yet would be lost, and said so; not what this is about.
-        async with pair.master.client() as client:
-            assert await client.wait(1, 5_000) == 1
+        async with pair.master.client() as master:
+            assert await master.wait(1, 5_000) == 1
         await pair.master.kill()
         assert (await opened.until("degraded"))["reason"]
         while (await opened.receive(60)).get("ended") is not True:
             pass
 
-        after = ""
+        async def bridge_is_well() -> bool:
+            return bridge.health().state is BridgeState.ACTIVE
 
-        async def has_run() -> bool:
-            nonlocal after
-            with contextlib.suppress(RedisUnavailable):
-                after = await work.run()
-            return bool(after)
-
-        await eventually(has_run, 60)
-        assert (await opened.until("agent_completed", run_id=after))["run_id"] == after
+        await eventually(bridge_is_well, 60)
+        await eventually(all_do_their_work, 60)
         assert await opened.is_alive()
 
 

@@ -158,7 +158,7 @@ async def test_tasks_beyond_the_room_go_back_to_their_stream(settings: Settings)
     names = ["a", "b", "c"]
     async with Client(settings) as client:
         redis = client.link.client
-        streams = TaskStreams(client.link, settings.redis_url, client.keys, names, "me")
+        streams = TaskStreams(client.link, client.keys, names, "me")
         await streams.prepare([])
         taking = asyncio.create_task(streams.take(1))
         async with redis.pipeline(transaction=True) as pipe:
@@ -180,7 +180,7 @@ async def test_tasks_beyond_the_room_go_back_to_their_stream(settings: Settings)
 
 async def test_tasks_whose_delivery_was_lost_are_found_again(settings: Settings) -> None:
     async with Client(settings) as client:
-        streams = TaskStreams(client.link, settings.redis_url, client.keys, ["echo"], "me")
+        streams = TaskStreams(client.link, client.keys, ["echo"], "me")
         assert await streams.prepare([]) == []
         await client.link.client.xadd(client.keys.tasks("echo"), {"task": "lost"})
         # Redis has delivered it to this consumer, which never saw the reply.
