@@ -359,12 +359,50 @@ async def test_hostile_output_of_an_agent_is_inert(
         await tab.assert_quiet()
 
 
+@pytest.mark.parametrize("part", ["relay-client.js", "styles.css"])
+async def test_page_whose_files_were_broken_off_is_loaded_again(
+    stack: Stack, user_id: str, browser_name: str, part: str
+) -> None:
+    async with running_browser(browser_name) as browser:
+        tab = await new_tab(browser)
+        await tab.page.route(f"**/{part}", lambda route: route.abort("connectionreset"), times=1)
+        await tab.load(f"{stack.gateways[0].url}/#token={stack.token(user_id)}")
+        # Without its style the page works all the same, until it is loaded again.
+        await tab.page.wait_for_function(
+            """() => getComputedStyle(document.body).backgroundColor !== "rgba(0, 0, 0, 0)" """
+        )
+        await tab.wait_live()
+        assert [line for line in tab.story if part in line and "cannot" in line]
+        await tab.ask("hello?", "docs")
+        await tab.wait_answer("completed")
+        await tab.assert_quiet(network_may_fail=True)
+
+
+async def test_page_whose_files_are_missing_says_so_and_stops_trying(
+    stack: Stack, browser_name: str
+) -> None:
+    async with running_browser(browser_name) as browser:
+        tab = await new_tab(browser)
+        await tab.page.clock.install()
+        await tab.page.route("**/timeline.js", lambda route: route.fulfill(status=404))
+        await tab.load(stack.gateways[0].url)
+        banner = tab.page.get_by_role("alert")
+        for _ in range(8):
+            await expect(banner).to_have_text(re.compile("could not be loaded. Trying again"))
+            async with tab.page.expect_event("load"):
+                await tab.page.clock.fast_forward(60_000)
+        await expect(banner).to_contain_text("ask whoever runs it")
+        await tab.page.clock.fast_forward(120_000)
+        await expect(banner).to_contain_text("ask whoever runs it")
+        assert not await tab.get("token-field").is_visible()
+
+
 async def test_page_without_a_token_asks_for_one(
     stack: Stack, user_id: str, browser_name: str
 ) -> None:
     async with running_browser(browser_name) as browser:
         tab = await new_tab(browser)
-        await tab.page.goto(stack.gateways[0].url)
+        await tab.load(stack.gateways[0].url)
         field = tab.get("token-field")
         await expect(field).to_be_visible()
         await field.fill("not a token")
@@ -386,7 +424,7 @@ async def test_page_says_why_a_token_is_refused_and_takes_another(
     async with running_browser(browser_name) as browser:
         tab = await new_tab(browser)
         expired = stack.token(user_id, ttl_s=-60)
-        await tab.page.goto(f"{stack.gateways[0].url}/#token={expired}")
+        await tab.load(f"{stack.gateways[0].url}/#token={expired}")
         await tab.wait_state("stopped")
         banner = tab.page.get_by_role("alert").filter(has_text="Not connected")
         await expect(banner).to_contain_text("expired")
