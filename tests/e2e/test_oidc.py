@@ -26,7 +26,7 @@ import relay.jwks
 from gateway.app import running_gateway
 from tests.e2e.agents.page_agents import piece
 from tests.integration.gateway_support import eventually, gateway_settings, raw_tab
-from tests.support.browser import running_browser
+from tests.support.browser import in_spite_of_network_changes, running_browser
 from tests.support.fleet import Fleet
 from tests.support.identity_provider import ANOTHER, SOURCES, IdentityProvider, make_key
 from tests.support.stack import Stack
@@ -134,7 +134,7 @@ async def test_user_signs_in_in_a_browser_and_gets_an_answer(
         page.on("pageerror", lambda error: complaints.append(str(error)))
         # The provider's own pages ask for a font from the internet.
         await page.route("**/fonts.googleapis.com/**", lambda route: route.abort())
-        await page.goto(f"{page_server.url}/")
+        await in_spite_of_network_changes(lambda: page.goto(f"{page_server.url}/"))
         await page.get_by_role("button", name="Sign in").click()
         await page.get_by_placeholder("Enter any login").fill("alice")
         await page.get_by_placeholder("and password").fill("any will do")

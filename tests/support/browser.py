@@ -20,7 +20,7 @@ from relay.testing import streams
 from tests.support import firefox
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from playwright.async_api import Browser, BrowserContext, Locator, Page, Playwright, WebSocket
 
@@ -183,22 +183,12 @@ class Tab:
         await self.wait_live()
 
     async def load(self, url: str) -> None:
-        """Load a page; once more where this machine's network changed meanwhile."""
-        from playwright.async_api import Error
-
-        for _ in range(NETWORK_CHANGES):
-            try:
-                await self.page.goto(url)
-            except Error as error:
-                if _MACHINE_COMPLAINT not in error.message:
-                    raise
-            else:
-                return
-        raise AssertionError(f"the network changed {NETWORK_CHANGES} times: {self.story}")
+        """Load a page; return when all its files are here."""
+        await in_spite_of_network_changes(lambda: self.page.goto(url))
 
     async def reload(self) -> None:
         """Reload; return when the page is live again."""
-        await self.page.reload()
+        await in_spite_of_network_changes(self.page.reload)
         await self.wait_live()
 
     async def wait_live(self) -> None:
@@ -323,6 +313,21 @@ class Tab:
         ]
         assert not complaints, complaints
         assert await self.page.evaluate("window.breaches") == []
+
+
+async def in_spite_of_network_changes(load: Callable[[], Awaitable[object]]) -> None:
+    """Load a page; once more where this machine's network changed meanwhile."""
+    from playwright.async_api import Error
+
+    for _ in range(NETWORK_CHANGES):
+        try:
+            await load()
+        except Error as error:
+            if _MACHINE_COMPLAINT not in error.message:
+                raise
+        else:
+            return
+    raise AssertionError(f"the network changed {NETWORK_CHANGES} times while the page was loaded")
 
 
 async def new_tab(browser: Browser, **options: Any) -> Tab:
