@@ -440,9 +440,7 @@ class Gateway:
             *websocket_routes(self._services, self.connect),
             *event_routes(self._services, self.check_open),
             *run_routes(self.identify, self._commands, limit),
-            *ticket_routes(
-                self.identify, self._authenticator, self.pool, self._tickets, self.check_open
-            ),
+            *ticket_routes(self._services, self._tickets, self.check_open),
             *health_routes(self.health, with_detail=False),
             *openapi_routes(),
             *page_routes(),

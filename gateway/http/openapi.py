@@ -181,7 +181,7 @@ _OPERATIONS: Sequence[_Operation] = (
         "Get a ticket for one WebSocket, or the reason why it would be refused",
         {201: _Answer("The ticket", TicketIssued)},
         (*_AUTHENTICATED, "invalid_frame"),
-        parameters=(_CLIENT_ID,),
+        parameters=(_SINCE, _CLIENT_ID),
     ),
     _Operation(
         "get",

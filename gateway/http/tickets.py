@@ -6,43 +6,37 @@ answer that its WebSocket would have got.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway.auth import Authenticator
-from gateway.connection_pool import WebSocketConnectionPool
-from gateway.handshake import read_query
+from gateway.handshake import check_served, read_query
 from gateway.http.problems import json_response
+from gateway.protocol import ConnectionServices
 from gateway.tickets import TICKET_TTL_S, TicketOffice
-from relay.tokens import Identity
 
 
 def ticket_routes(
-    identify: Callable[[Request], Awaitable[Identity]],
-    authenticator: Authenticator,
-    pool: WebSocketConnectionPool,
-    tickets: TicketOffice,
-    check_open: Callable[[], None],
+    services: ConnectionServices, tickets: TicketOffice, check_open: Callable[[], None]
 ) -> list[Route]:
     """Make the route of tickets.
 
     Args:
-        identify: Gives the identity behind a request, or refuses it.
-        authenticator: Knows the allowed origins.
-        pool: Knows whether there is room.
+        services: What connections share.
         tickets: Issues them.
         check_open: Refuses while this gateway takes no connections.
     """
 
     async def issue(request: Request) -> Response:
-        authenticator.check_origin(request.headers)
-        identity = await identify(request)
+        # In the order of gateway.handshake.admit: where two reasons hold, both give the same one.
         check_open()
+        services.authenticator.check_origin(request.headers)
+        identity = await services.authenticator.identify_peer(request)
         _, client_id = read_query(request.query_params)
-        await pool.check_room(identity.user_id, client_id)
+        check_served(services)
+        await services.pool.check_room(identity.user_id, client_id)
         ticket = await tickets.issue(identity)
         return json_response({"ticket": ticket, "expires_in_s": TICKET_TTL_S}, 201)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import httpx
 import jwt
 import pytest
+import redis.asyncio
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidStatus
 
@@ -19,6 +20,7 @@ from tests.integration.gateway_support import (
     SECRET,
     bearer,
     direct_only,
+    eventually,
     gateway_settings,
     http,
     raw_tab,
@@ -30,8 +32,6 @@ from tests.integration.gateway_support import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-    import redis.asyncio
 
     from tests.conftest import OwnRedis
 
@@ -295,6 +295,41 @@ async def test_no_websocket_elsewhere(gateway: Gateway) -> None:
         async with raw_tab(f"{gateway.url}/elsewhere"):
             pass
     assert caught.value.response.status_code == 404
+
+
+@pytest.mark.usefixtures("server")
+async def test_gateway_that_nothing_is_published_to_refuses_tickets_as_it_refuses_upgrades(
+    own_redis: OwnRedis, key_prefix: str
+) -> None:
+    private = await own_redis()
+    async with (
+        running_gateway(gateway_settings(private.url, key_prefix)) as gateway,
+        redis.asyncio.Redis.from_url(private.url) as operator,
+        http(gateway) as client,
+    ):
+        assert (await client.post("/v1/tickets")).status_code == 201
+        # Connections that are open go on; the one for what is published is not made anew.
+        await operator.config_set("maxclients", 1)
+        assert await operator.client_kill_filter(_type="pubsub") == 1
+
+        async def is_lost() -> bool:
+            return not gateway.hub.subscriber.is_connected
+
+        await eventually(is_lost)
+        response, problem = await refusal(gateway, headers=bearer())
+        assert (response.status_code, problem["code"]) == (503, "unavailable")
+        told = await client.post("/v1/tickets")
+        assert (told.status_code, told.json()) == (503, problem)
+        assert told.headers["Retry-After"] == response.headers["Retry-After"]
+        assert (await client.get("/v1/events")).status_code == 503
+
+
+async def test_ticket_is_refused_for_the_parameters_of_its_websocket(gateway: Gateway) -> None:
+    async with http(gateway, "alice", **GOOD) as client:
+        for query in ("?since=yesterday", f"?client_id={'x' * 129}"):
+            response, problem = await refusal(gateway, query=query, headers=bearer(**GOOD))
+            told = await client.post(f"/v1/tickets{query}")
+            assert (told.status_code, told.json()) == (response.status_code, problem)
 
 
 @pytest.mark.usefixtures("server")
