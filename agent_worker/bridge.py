@@ -123,19 +123,12 @@ class AgentWebSocketBridge:
         self.metrics = WorkerMetrics()
         self._settings = settings
         self._keys = Keys(settings.key_prefix)
-        limits = LogLimits(
-            settings.log_max_events, settings.log_max_age_s * 1000, settings.log_max_bytes
-        )
+        limits = LogLimits.of(settings)
         self._link = RedisLink(settings.redis_url, limits=limits)
         self._registry = RunRegistry(
             self._link,
             self._keys,
-            RunLimits(
-                max_active=settings.max_active_runs_per_user,
-                max_queued=settings.max_queued_runs_per_user,
-                dispatch_check_ms=settings.lease_ms,
-                cancel_grace_ms=settings.cancel_grace_ms,
-            ),
+            RunLimits.of(settings),
         )
         self._publisher = Publisher(self._link, self._keys, merge_ms=settings.delta_merge_ms)
         self._leases = LeaseKeeper(
@@ -168,7 +161,7 @@ class AgentWebSocketBridge:
     # --- its own life ---
 
     async def __aenter__(self) -> Self:
-        if self._is_closed or self._is_started:
+        if self._is_closed or self._is_started or self._start_error is not None:
             raise BridgeClosed("a bridge is entered once; make another one")
         try:
             async with AsyncExitStack() as stack:

@@ -206,15 +206,8 @@ class RunningWorker:
         self._hurry = hurry
         self._stack = AsyncExitStack()
         keys = Keys(settings.key_prefix)
-        limits = LogLimits(
-            settings.log_max_events, settings.log_max_age_s * 1000, settings.log_max_bytes
-        )
-        run_limits = RunLimits(
-            max_active=settings.max_active_runs_per_user,
-            max_queued=settings.max_queued_runs_per_user,
-            dispatch_check_ms=settings.lease_ms,
-            cancel_grace_ms=settings.cancel_grace_ms,
-        )
+        limits = LogLimits.of(settings)
+        run_limits = RunLimits.of(settings)
         self._link = RedisLink(settings.redis_url, limits=limits)
         self._publisher = Publisher(self._link, keys, merge_ms=settings.delta_merge_ms)
         self._streams = TaskStreams(self._link, keys, list(definitions), self.worker_id)

@@ -94,14 +94,7 @@ class Gateway:
         self.settings = settings
         self.metrics = GatewayMetrics()
         keys = Keys(settings.key_prefix)
-        self.link = RedisLink(
-            settings.redis_url,
-            limits=LogLimits(
-                max_events=settings.log_max_events,
-                max_age_ms=settings.log_max_age_s * 1000,
-                max_bytes=settings.log_max_bytes,
-            ),
-        )
+        self.link = RedisLink(settings.redis_url, limits=LogLimits.of(settings))
         self.hub = FeedHub(self.link, keys)
         self.node = Node(
             self.link,
@@ -156,12 +149,7 @@ class Gateway:
         registry = RunRegistry(
             self.link,
             keys,
-            RunLimits(
-                max_active=settings.max_active_runs_per_user,
-                max_queued=settings.max_queued_runs_per_user,
-                dispatch_check_ms=settings.lease_ms,
-                cancel_grace_ms=settings.cancel_grace_ms,
-            ),
+            RunLimits.of(settings),
         )
         self._cluster = Cluster(self.link, keys, registry)
         self._commands = RunCommands(

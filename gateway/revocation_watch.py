@@ -145,5 +145,8 @@ class RevocationWatch:
         ]
         for entry in fresh:
             self._revoked.add(entry)
+            if self._read_s is not None:
+                # Whoever revoked it, and however; what it finds at its start is no news.
+                log.info("revocation in force", kind=entry.kind, subject=entry.subject)
         if fresh:
             self._on_revoked()

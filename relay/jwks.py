@@ -26,7 +26,10 @@ MAX_KEY_SET_BYTES = 1_048_576
 MAX_KEYS = 100
 
 REFRESH_AFTER_S = 300.0
-"""A key set older than this is read again, while the old one still serves."""
+"""A key set older than this is read again before it says that a token is valid."""
+
+REFRESH_WAIT_S = 2.0
+"""An issuer that takes longer than this to answer is away: the keys at hand serve."""
 
 UNUSABLE_AFTER_S = 3_600.0
 """An issuer that is away this long no longer vouches for the keys that we hold."""
@@ -192,7 +195,10 @@ class KeySet:
                 whether the token is valid.
         """
         if self._age_s(now_s) > REFRESH_AFTER_S:
+            # A key that was withdrawn long ago must not let in whoever comes first.
             self._read(now_s)
+            if self._reading is not None:
+                await asyncio.wait([self._reading], timeout=REFRESH_WAIT_S)
         found = self._matching(key_id)
         if self._is_usable(now_s) and found:
             return found

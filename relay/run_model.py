@@ -6,7 +6,7 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import orjson
 
@@ -14,6 +14,9 @@ from relay.codec import RunEnvelope
 from relay.columns import OpenTool
 from relay.errors import DecodingFailed
 from relay.events import format_timestamp
+
+if TYPE_CHECKING:
+    from relay.config import Settings
 
 ThreadPolicy = Literal["enqueue", "reject", "interrupt", "parallel"]
 _RUN_ID_BYTES = 15
@@ -34,6 +37,16 @@ class RunLimits:
     max_queued: int = 100
     dispatch_check_ms: int = 15_000
     cancel_grace_ms: int = 5_000
+
+    @classmethod
+    def of(cls, settings: Settings) -> RunLimits:
+        """Give what settings say."""
+        return cls(
+            max_active=settings.max_active_runs_per_user,
+            max_queued=settings.max_queued_runs_per_user,
+            dispatch_check_ms=settings.lease_ms,
+            cancel_grace_ms=settings.cancel_grace_ms,
+        )
 
 
 @dataclass(frozen=True, slots=True)

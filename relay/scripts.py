@@ -24,7 +24,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from relay import key_probes
-from relay.config import hide_password
+from relay.config import Settings, hide_password
 from relay.errors import RedisMisconfigured, RedisUnavailable, RelayError
 from relay.keys import SCRIPT_CONSTANTS, UserKeys
 from relay.redis_connections import obey_cancellation
@@ -115,6 +115,11 @@ class LogLimits:
     max_events: int = 1_000
     max_age_ms: int = 86_400_000
     max_bytes: int = 64 * 1024 * 1024
+
+    @classmethod
+    def of(cls, settings: Settings) -> LogLimits:
+        """Give what settings say: every process that writes for a user trims by its own."""
+        return cls(settings.log_max_events, settings.log_max_age_s * 1000, settings.log_max_bytes)
 
 
 class ScriptCall(NamedTuple):

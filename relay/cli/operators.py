@@ -27,7 +27,7 @@ from relay.keys import Keys
 from relay.queues import AgentQueue, Waiting, list_queues
 from relay.run_model import RunLimits
 from relay.runs import RunRegistry
-from relay.scripts import RedisLink
+from relay.scripts import LogLimits, RedisLink
 from relay.workers import LivingWorker, list_workers
 
 WATCH_INTERVAL_S = 1.0
@@ -45,19 +45,14 @@ class _Operator:
     def __init__(self, link: RedisLink, settings: Settings) -> None:
         self.link = link
         self.keys = Keys(settings.key_prefix)
-        limits = RunLimits(
-            max_active=settings.max_active_runs_per_user,
-            max_queued=settings.max_queued_runs_per_user,
-            dispatch_check_ms=settings.lease_ms,
-            cancel_grace_ms=settings.cancel_grace_ms,
-        )
+        limits = RunLimits.of(settings)
         self.letters = DeadLetters(link, self.keys, RunRegistry(link, self.keys, limits))
 
 
 @asynccontextmanager
 async def _operating(redis_url: str | None) -> AsyncIterator[_Operator]:
     settings = operator_settings(redis_url)
-    link = RedisLink(settings.redis_url, max_connections=4)
+    link = RedisLink(settings.redis_url, limits=LogLimits.of(settings), max_connections=4)
     try:
         await link.check()
         yield _Operator(link, settings)

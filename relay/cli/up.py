@@ -36,15 +36,17 @@ MAX_GATEWAYS = 16
 
 def up(
     port: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--port",
             metavar="PORT",
             min=0,
             max=65_535 - MAX_GATEWAYS,
-            help="The first gateway's port; the others take the next ones. 0 takes free ones.",
+            help="The first gateway's port; the others take the next ones. 0 takes free ones. "
+            "[dim]RELAY_PORT, else 8080[/dim]",
+            show_default=False,
         ),
-    ] = 8080,
+    ] = None,
     gateways: Annotated[
         int,
         typer.Option("--gateways", metavar="N", min=1, max=MAX_GATEWAYS, help="How many gateways."),
@@ -83,7 +85,7 @@ def up(
     console.warn_of_unknown(find_unknown_variables())
     folder = DataFolder(data_dir) if data_dir is not None else default_folder()
     folder.create()
-    plan = _plan(settings, folder, port, gateways, worker)
+    plan = _plan(settings, folder, settings.port if port is None else port, gateways, worker)
     raise typer.Exit(asyncio.run(_run(plan, folder, open_page=open_page, verbose=verbose)))
 
 

@@ -518,6 +518,8 @@ async def test_redis_that_is_not_there_at_the_start_is_a_failure(key_prefix: str
     assert health.state is BridgeState.FAILED
     assert not health.is_healthy
     assert "does not answer" in str(health.last_error)
+    with pytest.raises(BridgeClosed, match="make another one"):
+        await bridge.__aenter__()
     await bridge.aclose()
     await bridge.aclose()
 

@@ -141,6 +141,12 @@ def test_port_in_use_is_named(tmp_path: Path, offset: int) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_port_of_the_environment_is_taken(tmp_path: Path) -> None:
+    with occupied_port(0) as port:
+        done = run_relay("up", folder=tmp_path, RELAY_PORT=str(port))
+    assert f"Port {port} for gateway 1 is in use." in done.stderr
+
+
 def test_second_one_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with RelayUp(tmp_path, "--port", "0", "--gateways", "1") as up:
         address, _ = up.wait_until_ready().links()["alice", 1]

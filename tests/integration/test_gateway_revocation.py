@@ -14,6 +14,7 @@ import jwt
 import pytest
 import pytest_asyncio
 import redis.asyncio
+from structlog.testing import capture_logs
 
 from gateway import revocation_watch
 from gateway.app import Gateway, running_gateway
@@ -116,6 +117,18 @@ async def test_connection_goes_on_with_the_token_that_replaced_the_revoked_one(
         assert await opened.is_alive()
         await revoke(one, "tokens/new")
         assert (await opened.closed(WITHIN_S))[0] == 4401
+
+
+async def test_every_gateway_notes_what_was_revoked_elsewhere(
+    gateways: Sequence[Gateway],
+) -> None:
+    one, _ = gateways
+    with capture_logs() as logs:
+        await one._revocation_log.add(revocation_of("token", "lost", time.time_ns() // 1_000_000))
+        for gateway in gateways:
+            await eventually(lambda gateway=gateway: known(gateway, 1), WITHIN_S)
+    noted = [line for line in logs if line["event"] == "revocation in force"]
+    assert [(line["kind"], line["subject"]) for line in noted] == [("token", "lost")] * 2
 
 
 async def known(gateway: Gateway, count: int) -> bool:

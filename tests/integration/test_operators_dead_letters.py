@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from agent_worker import Run, Worker
+from relay.cli import operators
 from relay.codec import Task, encode_task
 from relay.config import Settings
 from relay.dead_letters import DeadLetter, DeadLetters
@@ -73,6 +74,16 @@ async def lose_a_run(client: Client, link: RedisLink, settings: Settings, **aske
 
         await eventually(is_buried)
     return run_id
+
+
+async def test_operators_keep_as_much_history_as_gateways(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RELAY_LOG_MAX_EVENTS", "5000")
+    monkeypatch.setenv("RELAY_LOG_MAX_AGE_S", "604800")
+    async with operators._operating(redis_url) as operator:
+        limits = operator.link.limits
+    assert (limits.max_events, limits.max_age_ms) == (5_000, 604_800_000)
 
 
 async def only(letters: DeadLetters) -> DeadLetter:

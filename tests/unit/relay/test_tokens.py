@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relay import jwks
 from relay.errors import ConfigurationError, RequestRefused, TokenRejected
 from relay.jwks import KeySet, KeySetUnreadable, fetch_key_set, keys_of_key_set
 from relay.tokens import LEEWAY_S, TokenVerifier, looks_like_token, mint_token
@@ -258,12 +259,15 @@ class Issuer:
         self.keys: list[dict[str, Any]] = []
         self.requests = 0
         self.status = 200
+        self.may_answer = threading.Event()
+        self.may_answer.set()
         self.body: bytes | None = None
         issuer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 issuer.requests += 1
+                issuer.may_answer.wait(10)
                 body = issuer.body or json.dumps({"keys": issuer.keys}).encode()
                 self.send_response(issuer.status)
                 if issuer.status == 302:
@@ -368,6 +372,31 @@ async def test_rotated_key_is_found(issuer: Issuer) -> None:
     assert await verifier.verify(sign(good(exp=NOW + 600), EC_KEY, "ES256", kid="new"), later)
     withdrawn = sign(good(exp=NOW + 600), RSA_KEY, "RS256", kid="old")
     assert "signature" in await reason_of(verifier, withdrawn, later)
+
+
+async def test_withdrawn_key_is_refused_after_a_while_without_any_request(issuer: Issuer) -> None:
+    issuer.keys = [jwk(RSA_KEY, "old")]
+    verifier = by_key_set(issuer)
+    withdrawn = sign(good(exp=NOW + 600), RSA_KEY, "RS256", kid="old")
+    assert await verifier.verify(withdrawn, NOW)
+    issuer.keys = [jwk(EC_KEY, "new")]
+    assert await verifier.verify(withdrawn, NOW + 300)
+    assert "signature" in await reason_of(verifier, withdrawn, NOW + 301)
+
+
+async def test_keys_serve_while_the_issuer_takes_its_time(
+    issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jwks, "REFRESH_WAIT_S", 0.05)
+    issuer.keys = [jwk(RSA_KEY, "r")]
+    verifier = by_key_set(issuer)
+    token = sign(good(exp=NOW + 600), RSA_KEY, "RS256", kid="r")
+    assert await verifier.verify(token, NOW)
+    issuer.may_answer.clear()
+    assert await verifier.verify(token, NOW + 301)
+    issuer.may_answer.set()
+    await verifier.aclose()
+    assert issuer.requests == 2
 
 
 async def test_unknown_key_ids_ask_the_issuer_rarely(issuer: Issuer) -> None:
