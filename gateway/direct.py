@@ -244,6 +244,7 @@ class DirectTransport(asyncio.Protocol):
                     splice(publication.event, publication.offset, publication.seq)
                 )
             frames.append(data)
+        self._ticks.events += len(frames)
         # The last one goes the usual way, which looks at the sum.
         last = frames.pop()
         if frames:

@@ -457,13 +457,14 @@ class Connection:
 
     def write_all(self, publications: Sequence[Publication]) -> None:
         """Send the events of a page."""
-        self._services.metrics.delivered_events += len(publications)
         transport = self._transport
         if transport is not None:
             transport.write_all(publications)
 
-    def write_part(self, frame: bytes) -> None:
-        """Send a piece of a large event."""
+    def write_part(self, frame: bytes, is_last: bool) -> None:
+        """Send a piece of a large event, which counts as delivered with its last."""
+        if is_last and self._closing is None:
+            self._services.metrics.delivered_events += 1
         self._send(frame)
 
     def established(self, position: Position, recovered: bool, runs: Sequence[ActiveRun]) -> None:

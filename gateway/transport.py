@@ -111,8 +111,13 @@ class OutboxTransport:
 
     def write(self, publication: Publication) -> None:
         """Send an event."""
-        self._metrics.delivered_events += 1
-        self._add(publication.frame)
+        if self._closing is None:
+            self._metrics.delivered_events += 1
+            self._add(self._block_of(publication))
+
+    def _block_of(self, publication: Publication) -> bytes:
+        """Give an event as it is sent."""
+        return publication.frame
 
     def write_all(self, publications: Sequence[Publication]) -> None:
         """Send events."""

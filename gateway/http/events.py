@@ -48,9 +48,9 @@ class EventStream(OutboxTransport):
         self._connection = connection
         self._is_cut_off = False
 
-    def write(self, publication: Publication) -> None:
-        """Send an event, with the position after it."""
-        self.send(publication.frame, self._connection.position_after(publication))
+    def _block_of(self, publication: Publication) -> bytes:
+        """Give an event with the position after it."""
+        return sse_block(publication.frame, self._connection.position_after(publication))
 
     def send(self, payload: bytes, position: str) -> None:
         """Send another frame."""

@@ -362,7 +362,7 @@ class Cursor:
             return
         frame = body.receive(piece)
         if frame is not None:
-            self.sink.write_part(frame)
+            self.sink.write_part(frame, body.is_complete)
         if body.is_complete:
             if not body.is_parted:
                 self.sink.write(body.assembled())

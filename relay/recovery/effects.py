@@ -47,8 +47,8 @@ class Sink(Protocol):
     def write_all(self, publications: Sequence[Publication]) -> None:
         """Queue the events of a page."""
 
-    def write_part(self, frame: bytes) -> None:
-        """Queue a part of a large event."""
+    def write_part(self, frame: bytes, is_last: bool) -> None:
+        """Queue a part of a large event, ``is_last`` where it is complete with it."""
 
     def reset(self, position: Position, reason: ResetReason, runs: Sequence[ActiveRun]) -> None:
         """Tell the client to drop its state of runs; what follows is what is known now."""

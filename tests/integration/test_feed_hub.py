@@ -56,7 +56,7 @@ class Tab:
         for publication in publications:
             self.write(publication)
 
-    def write_part(self, frame: bytes) -> None:
+    def write_part(self, frame: bytes, is_last: bool) -> None:
         self.frames.append(orjson.loads(frame))
 
     def reset(self, position: Any, reason: str, runs: Any) -> None:

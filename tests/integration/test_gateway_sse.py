@@ -163,6 +163,22 @@ async def test_large_events_come_in_parts_with_an_id_after_them(
         assert heartbeat["id"].endswith(f":{event['offset']}")
 
 
+async def test_each_event_is_counted_once_live_and_from_history(
+    gateway: Gateway, work: Work
+) -> None:
+    async with listen(gateway) as stream:
+        await stream.receive()
+        await work.run()
+        last = (await stream.until("agent_completed"))["id"]
+        live = [block for block in stream.blocks if "offset" in block["frame"]]
+        assert gateway.metrics.delivered_events == len(live) > 5
+    async with listen(gateway, since="0") as stream:
+        while (await stream.receive())["id"] != last:
+            pass
+        late = [block for block in stream.blocks if "offset" in block["frame"]]
+        assert gateway.metrics.delivered_events == len(live) + len(late)
+
+
 async def test_a_stream_without_a_token_is_refused(gateway: Gateway) -> None:
     async with httpx.AsyncClient(base_url=gateway.url, trust_env=False) as client:
         response = await client.get("/v1/events")

@@ -381,7 +381,7 @@ class Connection:
         for publication in publications:
             self.write(publication)
 
-    def write_part(self, frame: bytes) -> None:
+    def write_part(self, frame: bytes, is_last: bool) -> None:
         parts = [queued for _, (kind, *queued) in self.frames if kind == "part"]
         require(not parts, f"{self.client.name}: a part behind a part")
         self._add(len(frame), ("part", frame))

@@ -56,7 +56,7 @@ class Sink:
         for publication in publications:
             self.write(publication)
 
-    def write_part(self, frame: bytes) -> None:
+    def write_part(self, frame: bytes, is_last: bool) -> None:
         part = orjson.loads(frame)
         self.frames.append(("part", part["offset"], part["index"], part["total"], part["text"]))
 
