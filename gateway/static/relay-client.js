@@ -922,10 +922,8 @@ export class RelayClient extends EventTarget {
     this.#degradedReason = null;
     const generation = ++this.#generation;
     this.#setState("connecting");
-    const url = new URL("v1/ws", this.#base);
+    const url = this.#address("v1/ws");
     url.protocol = url.protocol.replace("http", "ws");
-    url.searchParams.set("since", this.#inbox.since ?? this.#start);
-    url.searchParams.set("client_id", this.#clientId);
     try {
       this.#socket = new this.#WebSocket(url, [PROTOCOL, `bearer.${this.#token}`]);
     } catch (error) {
@@ -954,6 +952,13 @@ export class RelayClient extends EventTarget {
       this.#forgetSocket(4000, "no answer");
       this.#retryAfter(this.#nextDelayMs(), "The gateway did not answer.");
     }, OPEN_TIMEOUT_MS);
+  }
+
+  #address(path) {
+    const url = new URL(path, this.#base);
+    url.searchParams.set("since", this.#inbox.since ?? this.#start);
+    url.searchParams.set("client_id", this.#clientId);
+    return url;
   }
 
   /** Leave the current socket: whatever it still says is not heard. */
@@ -1001,14 +1006,14 @@ export class RelayClient extends EventTarget {
     }
   }
 
-  /** A browser hides the status of a failed upgrade; the same token asked by HTTP shows it. */
+  /** A browser hides the status of a failed upgrade; the same question asked by HTTP shows it. */
   async #askWhy() {
     const generation = this.#generation;
     this.#setState("reconnecting", { reason: "The gateway could not be reached." });
     let answer = null;
     let problem = {};
     try {
-      answer = await this.#fetch(new URL("v1/tickets", this.#base), {
+      answer = await this.#fetch(this.#address("v1/tickets"), {
         method: "POST",
         headers: { Authorization: `Bearer ${this.#token}` },
         signal: AbortSignal.timeout(5_000),

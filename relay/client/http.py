@@ -41,13 +41,21 @@ class Answer:
     retry_after: str | None
 
 
-def ask_for_ticket(base: str, token: str) -> Answer | None:
+def ask_for_ticket(base: str, query: str, token: str) -> Answer | None:
     """Ask ``POST /v1/tickets``, which refuses for the same reasons as the WebSocket does.
 
-    Blocks for up to ten seconds. None where there was no HTTP answer at all.
+    Blocks for up to ten seconds.
+
+    Args:
+        base: As ``http_address`` gives it.
+        query: The WebSocket's: without it the device's own place would count against it.
+        token: The user's token.
+
+    Returns:
+        None where there was no HTTP answer at all.
     """
     request = Request(  # noqa: S310 (http_address lets http and https through only)
-        f"{base}/v1/tickets", method="POST", headers={"Authorization": f"Bearer {token}"}
+        f"{base}/v1/tickets?{query}", method="POST", headers={"Authorization": f"Bearer {token}"}
     )
     handlers = [ProxyHandler({})] if is_loopback(urlsplit(base).hostname or "") else []
     try:

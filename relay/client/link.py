@@ -197,7 +197,7 @@ class Link:
 
         A proxy may have swallowed the answer to the upgrade, as browsers always do.
         """
-        answer = await asyncio.to_thread(ask_for_ticket, base, token)
+        answer = await asyncio.to_thread(ask_for_ticket, base, self._query(), token)
         if answer is None or answer.status < 400:
             return Retry(backoff_ms(self._failures, chance))
         return after_refusal(
@@ -209,7 +209,7 @@ class Link:
         )
 
     def _socket_address(self, base: str) -> str:
-        query = urlencode(
-            {"since": self.state.since, "client_id": self._client_id}, quote_via=quote
-        )
-        return "ws" + base.removeprefix("http") + f"/v1/ws?{query}"
+        return "ws" + base.removeprefix("http") + f"/v1/ws?{self._query()}"
+
+    def _query(self) -> str:
+        return urlencode({"since": self.state.since, "client_id": self._client_id}, quote_via=quote)

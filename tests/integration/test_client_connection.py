@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,7 +24,7 @@ from relay.client import (
     RequestFailed,
     Update,
 )
-from tests.integration.gateway_support import gateway_settings, token
+from tests.integration.gateway_support import gateway_settings, tab, token
 from tests.support.acl import settings_as
 
 DEADLINE_S = 15.0
@@ -365,3 +366,56 @@ async def test_swallowed_refusal_is_asked_for() -> None:
         with pytest.raises(ConnectionEnded, match=r"The token has expired\.") as caught:
             await RelayClient(url, token()).__aenter__()
     assert caught.value.code == 401
+
+
+@asynccontextmanager
+async def losing_the_first_upgrade(gateway: Gateway) -> AsyncIterator[str]:
+    """Pass requests on to a gateway, except for the first upgrade: that gets no answer."""
+    host, port = gateway.url.removeprefix("http://").split(":")
+    upgrades = 0
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal upgrades
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"GET /v1/ws"):
+            upgrades += 1
+            if upgrades == 1:
+                writer.close()
+                return
+        from_gateway, to_gateway = await asyncio.open_connection(host, int(port))
+        to_gateway.write(head)
+        await asyncio.gather(copy(reader, to_gateway), copy(from_gateway, writer))
+
+    async with await asyncio.start_server(handle, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_device_whose_upgrade_was_lost_does_not_wait_for_the_place_that_it_holds(
+    redis_url: str, key_prefix: str
+) -> None:
+    async with (
+        stack(redis_url, key_prefix, max_connections_per_user=1) as [gateway],
+        tab(gateway, query="?client_id=my%20phone") as old,
+        losing_the_first_upgrade(gateway) as url,
+        RelayClient(url, token(), client_id="my phone") as client,
+    ):
+        lost = await update_of(client, Disconnected)
+        assert isinstance(lost, Disconnected)
+        assert lost.retry_in_ms <= 300
+        assert (await old.closed())[0] == 4429
+
+
+async def test_question_why_an_upgrade_failed_is_that_of_the_upgrade() -> None:
+    """A wrong ``since`` is told as such, and not tried for ever."""
+    body = b'{"detail": "since is active, now, 0 or a position."}'
+    wrong = b"POST /v1/tickets?since=yesterday&client_id=me "
+    async with http_server(b"422 Unprocessable Content", body, only_for=wrong) as url:
+        with pytest.raises(ConnectionEnded, match="since is active") as caught:
+            await RelayClient(url, token(), since="yesterday", client_id="me").__aenter__()
+    assert caught.value.code == 422

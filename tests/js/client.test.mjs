@@ -259,9 +259,28 @@ if (hasWebSocket(fileURLToPath(import.meta.url))) {
       const [{ path, method, headers }] = gateway.ticketRequests;
       assert.deepEqual(
         [path, method, headers.authorization],
-        ["/v1/tickets", "POST", "Bearer a.b.c"],
+        ["/v1/tickets?since=active&client_id=tab-1", "POST", "Bearer a.b.c"],
       );
       assert.equal(gateway.ticketRequests.length, 1);
+    });
+
+    test("the ticket endpoint is asked as the upgrade was: a device's own place is no other's", async () => {
+      const connection = await live({}, { clientId: "tab 1 & 2" });
+      connection.send({ type: "heartbeat", position: "e1:7" });
+      await once(client, "heartbeat");
+      gateway.refusal = { status: 403, body: { title: "Forbidden" } };
+      connection.cut();
+      await reach("stopped");
+      const { path } = gateway.ticketRequests[0];
+      const { pathname, searchParams } = new URL(path, gateway.url);
+      assert.equal(pathname, "/v1/tickets");
+      assert.deepEqual(
+        [...searchParams],
+        [
+          ["since", "e1:7"],
+          ["client_id", "tab 1 & 2"],
+        ],
+      );
     });
 
     test("403 stops it", async () => {
