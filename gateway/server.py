@@ -17,10 +17,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from gateway import direct, websocket
 from gateway.clock import steady_ms
 from gateway.doorkeeper import Lobby
+from gateway.http.problems import last_answer
 from gateway.outbox import Backlog
+from gateway.refusals import UNAVAILABLE_RETRY_MS
 from gateway.websocket import RelayWebSocketProtocol
 from relay.cancellation import end_tasks
-from relay.errors import ConfigurationError
+from relay.errors import ConfigurationError, RequestRefused
 
 BACKLOG = 2048
 UNSENT_BYTES = 128 * 1024
@@ -36,9 +38,15 @@ GRACE_S = 5
 REQUEST_S = 15.0
 """A request, headers and body, is here by then, or its connection is closed."""
 
-TURNED_AWAY = (
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\n"
-    b"Content-Length: 0\r\nConnection: close\r\n\r\n"
+# Both are written under attack: they are made once.
+NO_REQUEST = last_answer(RequestRefused("bad_request"))
+TURNED_AWAY = last_answer(
+    RequestRefused(
+        "unavailable",
+        "This connection had sent no whole request, and made room for a newer one.",
+        suggestions=("Connect again, and send the whole request at once.",),
+        retry_after_ms=UNAVAILABLE_RETRY_MS,
+    )
 )
 
 FRAME_HEADROOM = 4
@@ -142,11 +150,18 @@ class RelayHttpProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no request; where the answer has begun or been sent, only hang up."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            super().send_400_response(msg)
-        else:
-            # A body that turns out to be malformed after its request has been refused.
-            self.transport.close()
+        is_awaited = self.conn.our_state is h11.SEND_RESPONSE
+        if self.cycle is not None and not self.cycle.response_complete:
+            # Its request broke off in this: there is nothing that its answer could be sent to.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if is_awaited and self.scope["method"] == "HEAD":
+            # RFC 9110, section 9.3.2. What is more would be taken for the next answer.
+            self.transport.write(NO_REQUEST[: NO_REQUEST.index(b"\r\n\r\n") + 4])
+        elif is_awaited or self.conn.our_state is h11.IDLE:
+            self.transport.write(NO_REQUEST)
+        # Else a body turned out to be malformed after its request had been answered.
+        self.transport.close()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Let the WebSocket protocol go on, also with what came behind the request."""

@@ -22,7 +22,7 @@ from websockets.protocol import State
 from websockets.server import ServerProtocol
 
 from gateway.direct import DirectTransport, Receiver, TickWriter
-from gateway.http.problems import problem
+from gateway.http.problems import last_answer
 from relay.errors import RequestRefused
 
 DIRECT_TRANSPORT = "relay.transport"
@@ -100,12 +100,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         if self.close_sent or self.transport.is_closing():
             return
         self.handshake_complete = self.close_sent = self.disconnected = True
-        response = problem(_unreadable(error))
-        lines = [b"%b: %b\r\n" % header for header in response.raw_headers]
-        status = b"HTTP/1.1 %d Refused\r\n" % response.status_code
-        self.transport.write(
-            b"".join([status, *lines, b"connection: close\r\n\r\n", bytes(response.body)])
-        )
+        self.transport.write(last_answer(_unreadable(error)))
         self.transport.close()
 
     async def run_asgi(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 import orjson
@@ -63,6 +64,18 @@ def problem(refused: RequestRefused, headers: Mapping[str, str] | None = None) -
         "recovery_suggestions": refused.recovery_suggestions,
     }
     return Response(orjson.dumps(body), status, more, MEDIA_TYPE)
+
+
+def last_answer(refused: RequestRefused) -> bytes:
+    """Give the problem document of a refusal as the whole answer that ends a connection.
+
+    For what is refused where there is no application yet to answer (RFC 9112).
+    """
+    response = problem(refused, {"X-Content-Type-Options": "nosniff", "Connection": "close"})
+    status = HTTPStatus(response.status_code)
+    lines = [b"%b: %b\r\n" % header for header in response.raw_headers]
+    head = b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, status.phrase.encode(), b"".join(lines))
+    return head + bytes(response.body)
 
 
 async def on_relay_error(_: HTTPConnection, error: Exception) -> Response:

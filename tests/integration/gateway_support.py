@@ -201,6 +201,25 @@ async def upgrade_by_hand(
         writer.close()
 
 
+def read_problem(answer: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+    """Give the headers and the problem document of an answer that ends its connection."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    assert headers["content-type"] == "application/problem+json"
+    assert headers["content-length"] == str(len(body))
+    assert headers["connection"] == "close"
+    assert headers["cache-control"] == "no-store"
+    assert headers["x-content-type-options"] == "nosniff"
+    problem = json.loads(body)
+    assert status.startswith(f"HTTP/1.1 {problem['status']} ")
+    assert problem["type"] == f"urn:agent-relay:problem:{problem['code']}"
+    assert problem["title"]
+    assert problem["detail"]
+    assert problem["recovery_suggestions"]
+    return headers, problem
+
+
 async def refusal(gateway: Gateway, **options: Any) -> tuple[Response, dict[str, Any]]:
     """Give the answer to an upgrade that is refused, and its problem document."""
     try:

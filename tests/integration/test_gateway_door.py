@@ -10,7 +10,15 @@ import pytest_asyncio
 import redis.asyncio
 
 from gateway.app import Gateway, running_gateway
-from tests.integration.gateway_support import bearer, gateway_settings, http, raw_tab, refusal, tab
+from tests.integration.gateway_support import (
+    bearer,
+    gateway_settings,
+    http,
+    raw_tab,
+    read_problem,
+    refusal,
+    tab,
+)
 
 
 def address(gateway: Gateway) -> tuple[str, int]:
@@ -39,7 +47,10 @@ async def test_sockets_that_send_nothing_make_room_for_those_who_mean_it(
             sockets.append((reader, writer))
         for reader, _ in sockets[:6]:
             async with asyncio.timeout(5):
-                assert b" 503 " in await reader.read()
+                told = (await reader.read()).rpartition(b"HTTP/1.1 503 ")
+            headers, problem = read_problem(told[1] + told[2])
+            assert problem["code"] == "unavailable"
+            assert int(headers["retry-after"]) > 0
         async with tab(gateway, "bob") as other:
             assert await other.is_alive()
         assert await opened.is_alive()

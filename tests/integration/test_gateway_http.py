@@ -18,6 +18,7 @@ from tests.integration.gateway_support import (
     eventually,
     gateway_settings,
     http,
+    read_problem,
     tab,
     token,
 )
@@ -358,3 +359,57 @@ async def test_body_that_is_malformed_after_the_refusal_is_hung_up_on(gateway: G
         writer.close()
     assert head.startswith(b"HTTP/1.1 401 ")
     assert defects == []
+
+
+async def exchange(gateway: Gateway, sent: bytes) -> bytes:
+    """Give all that comes on a connection until it is closed."""
+    host, port = gateway.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(sent)
+        async with asyncio.timeout(5):
+            return await reader.read()
+    finally:
+        writer.close()
+
+
+BROKEN_BODY = b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n%b\r\nno chunk\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nno header\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\n\r\n",
+        b"POST /v1/runs" + BROKEN_BODY % b"",
+        b"POST /v1/runs" + BROKEN_BODY % b"Authorization: VALID\r\n",
+    ],
+    ids=["TLS", "header", "no host", "body", "body that is waited for"],
+)
+async def test_what_is_no_http_is_answered_with_a_problem_and_no_defect(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture, sent: bytes
+) -> None:
+    sent = sent.replace(b"VALID", bearer()["Authorization"].encode())
+    _, problem = read_problem(await exchange(gateway, sent))
+    assert (problem["status"], problem["code"]) == (400, "bad_request")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_what_is_no_http_behind_a_request_does_not_disturb_its_answer(
+    gateway: Gateway,
+) -> None:
+    answers = await exchange(gateway, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n\0\r\n\r\n")
+    first, status, rest = answers.partition(b"HTTP/1.1 400 ")
+    assert first.startswith(b"HTTP/1.1 200 ")
+    assert first.endswith(b'{"status":"ok"}')
+    assert read_problem(status + rest)[1]["code"] == "bad_request"
+
+
+async def test_head_that_is_no_http_is_answered_without_a_body(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = await exchange(gateway, b"HEAD /v1/runs" + BROKEN_BODY % b"")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.endswith(b"\r\n\r\n")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
