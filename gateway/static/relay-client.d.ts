@@ -232,7 +232,10 @@ export interface RelayClientEventMap {
 }
 
 export interface RelayClientOptions {
-  /** Where the gateway is, with the path prefix if it has one: `https://example.org/relay/`. */
+  /**
+   * Where the gateway is, with the path prefix if it has one: `https://example.org/relay`. A slash
+   * at its end, query and fragment make no difference, nor does `wss:` for `https:`.
+   */
   url: string | URL;
   token: string;
   /** Names this tab or device to the gateway; keep it over reloads. */

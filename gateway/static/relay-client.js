@@ -715,6 +715,17 @@ export class RelayError extends Error {
   }
 }
 
+/** Give the address below which a gateway answers, from whatever form of it people have at hand. */
+function baseAddress(url) {
+  const base = new URL(url);
+  base.protocol = base.protocol.replace("ws", "http");
+  base.search = "";
+  base.hash = "";
+  // Without the slash at its end, the last part of the path would be no folder but a file in one.
+  base.pathname = `${base.pathname.replace(/\/v1\/ws$/, "").replace(/\/+$/, "")}/`;
+  return base;
+}
+
 /** A random id for messages, threads and clients; also where `crypto.randomUUID` needs HTTPS. */
 export function randomId(prefix) {
   const bytes = crypto.getRandomValues(new Uint8Array(12));
@@ -766,7 +777,8 @@ export class RelayClient extends EventTarget {
 
   /**
    * @param {object} options
-   * @param {string} options.url Where the gateway is, e.g. `https://relay.example/`.
+   * @param {string|URL} options.url Where the gateway is, with the path prefix if it has one, e.g.
+   *   `https://relay.example/` or `https://example.org/relay`; query and fragment do not count.
    * @param {string} options.token The user's JWT.
    * @param {string} [options.clientId] Names this tab or device; keep it over reloads.
    * @param {string} [options.since] Where to start: `active` (default), `now`, `0` or a position.
@@ -775,7 +787,7 @@ export class RelayClient extends EventTarget {
   constructor({ url, token, clientId, since = "active", store = new RunStore(), ...seams }) {
     super();
     this.store = store;
-    this.#base = new URL(url);
+    this.#base = baseAddress(url);
     this.#token = token;
     this.#clientId = clientId ?? randomId("c_");
     this.#start = since;

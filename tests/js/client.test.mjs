@@ -57,9 +57,40 @@ if (hasWebSocket(fileURLToPath(import.meta.url))) {
       );
     });
 
-    test("keeps the path prefix of a reverse proxy", async () => {
-      newClient({ url: `${gateway.url}relay/` }).connect();
-      assert.equal((await gateway.accept()).url.pathname, "/relay/v1/ws");
+    for (const [form, prefix] of [
+      ["", "/"],
+      ["?page=1#top", "/"],
+      ["v1/ws", "/"],
+      ["relay/", "/relay/"],
+      ["relay", "/relay/"],
+      ["relay?page=1#top", "/relay/"],
+      ["a/b//", "/a/b/"],
+      ["relay/v1/ws?since=now", "/relay/"],
+    ]) {
+      test(`with the address …/${form} it asks below ${prefix}`, async () => {
+        newClient({ url: gateway.url + form }).connect();
+        const { url, socket } = await gateway.accept();
+        assert.equal(url.pathname, `${prefix}v1/ws`);
+        assert.deepEqual([...url.searchParams.keys()], ["since", "client_id"]);
+        gateway.refusal = { status: 403, body: { title: "Forbidden" } };
+        socket.destroy();
+        await reach("stopped");
+        const asked = new URL(gateway.ticketRequests[0].path, gateway.url);
+        assert.equal(asked.pathname, `${prefix}v1/tickets`);
+      });
+    }
+
+    test("takes the address of a WebSocket, and leaves a URL object as it is", async () => {
+      const given = new URL(gateway.url.replace("http:", "ws:"));
+      given.hash = "top";
+      newClient({ url: given }).connect();
+      const { url, socket } = await gateway.accept();
+      assert.equal(url.pathname, "/v1/ws");
+      gateway.refusal = { status: 403, body: { title: "Forbidden" } };
+      socket.destroy();
+      await reach("stopped");
+      assert.equal(gateway.ticketRequests.length, 1);
+      assert.deepEqual([given.protocol, given.hash], ["ws:", "#top"]);
     });
 
     test("delivers each event once and keeps the runs", async () => {
