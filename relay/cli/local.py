@@ -140,7 +140,12 @@ def mint(settings: Settings, user: str, ttl_s: float, scopes: Sequence[str] = ()
 
 
 def token_source(settings: Settings, user: str, ttl_s: float) -> Callable[[], Awaitable[str]]:
-    """Give a function that makes a fresh token for every connection."""
+    """Give a function that makes a fresh token for every connection.
+
+    Raises:
+        ConfigurationError: As ``mint``: a client would ask again and again.
+    """
+    mint(settings, user, ttl_s)
 
     async def fresh() -> str:
         return mint(settings, user, ttl_s)

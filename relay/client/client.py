@@ -99,6 +99,8 @@ class RelayClient:
                 is tried when one fails.
             token: The user's token, or a function that gets a fresh one: it is asked before
                 every connection and when the gateway says that the token is about to expire.
+                What it raises is a failed try, and it is asked again after the usual wait; a
+                ``ConnectionEnded`` ends the client instead.
             since: Where to begin: ``active``, ``now``, ``0`` or a position.
             client_id: Name of this device; a reconnect takes over its place.
             connect_timeout_s: How long entering tries to establish the first connection.
@@ -142,7 +144,7 @@ class RelayClient:
             raise ConnectionEnded(
                 f"No gateway could be reached at {' or '.join(self._bases)} within "
                 f"{self._connect_timeout_s:.0f} s ({self._link.last_failure or 'no answer'})."
-            )
+            ) from self._link.token_failure
 
     async def __aexit__(
         self,
@@ -183,7 +185,8 @@ class RelayClient:
 
         Raises:
             EventsMissing: A run's ``seq`` has a hole.
-            ConnectionEnded: The gateway does not want this client back as it is.
+            ConnectionEnded: The gateway does not want this client back as it is, or the token's
+                function ended it.
         """
         async for update in self.updates():
             if isinstance(update, Event):
@@ -198,7 +201,8 @@ class RelayClient:
         """Give everything that happens: events, resets, lost and new connections.
 
         Raises:
-            ConnectionEnded: The gateway does not want this client back as it is.
+            ConnectionEnded: The gateway does not want this client back as it is, or the token's
+                function ended it.
         """
         if self._task is None:
             raise RuntimeError("enter the client first: async with RelayClient(...)")

@@ -45,6 +45,10 @@ _SILENT_HEARTBEATS = 2.5
 TokenSource: TypeAlias = str | Callable[[], Awaitable[str]]
 
 
+class _NoToken(Exception):
+    """The application's function gave no token; ``__cause__`` is what it raised."""
+
+
 class Link:
     """Keeps one connection open, at its position, until it is told to stay away.
 
@@ -52,6 +56,7 @@ class Link:
         established: Set while a connection is established.
         last_failure: Why the latest try failed, for people.
         state: The client's place.
+        token_failure: What the token's function raised, where that is why the latest try failed.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class Link:
         """
         self.established = asyncio.Event()
         self.last_failure = ""
+        self.token_failure: BaseException | None = None
         self._bases = bases
         self._token = token
         self.state = state
@@ -106,9 +112,13 @@ class Link:
             self._socket.transport.abort()
 
     async def _connect_once(self, base: str) -> tuple[Retry | Stop, str]:
-        token = self._token if isinstance(self._token, str) else await self._token()
-        self.state.opening()
         chance = random.random()  # noqa: S311 (spreads clients, protects nothing)
+        self.token_failure = None
+        try:
+            token = await self._fresh_token()
+        except _NoToken as failed:
+            return self._after_no_token(failed, chance)
+        self.state.opening()
         try:
             async with connect(
                 self._socket_address(base),
@@ -175,6 +185,10 @@ class Link:
             # Leaving is no failure: without this, websockets would close with 1011.
             await socket.close()
             raise
+        except _NoToken as failed:
+            # As at a reconnect: this connection would end with its token, and for good.
+            self._judge(is_well=clock() - began > _SETTLED_S)
+            return self._after_no_token(failed, chance)
         except DecodingFailed as error:
             return Stop(ConnectionEnded(f"Not a relay of this version: {error}.")), str(error)
         finally:
@@ -189,8 +203,26 @@ class Link:
 
     async def _refresh_token(self) -> None:
         if callable(self._token):
-            fresh = {"type": "refresh_token", "id": uuid.uuid4().hex, "token": await self._token()}
+            token = await self._fresh_token()
+            fresh = {"type": "refresh_token", "id": uuid.uuid4().hex, "token": token}
             await self.send(orjson.dumps(fresh))
+
+    async def _fresh_token(self) -> str:
+        if isinstance(self._token, str):
+            return self._token
+        try:
+            return await self._token()
+        except Exception as error:
+            # Whatever it is, even a TimeoutError: it must not pass for the connection's own.
+            said = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise _NoToken(f"the token function failed: {said}") from error
+
+    def _after_no_token(self, failed: _NoToken, chance: float) -> tuple[Retry | Stop, str]:
+        error = failed.__cause__
+        if isinstance(error, ConnectionEnded):
+            return Stop(error), str(error)
+        self.token_failure = error
+        return Retry(backoff_ms(self._failures, chance)), str(failed)
 
     async def _ask_why(self, base: str, token: str, chance: float) -> Retry | Stop:
         """Ask over plain HTTP why a WebSocket could not be opened.

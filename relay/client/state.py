@@ -30,6 +30,8 @@ MAX_PART_BYTES = 64 * 1_048_576
 class ConnectionEnded(RelayError):
     """The gateway does not want this client back as it is, or none could be reached.
 
+    An application's token function raises it to end its client.
+
     Attributes:
         code: Close code or HTTP status, None where there was no answer at all.
     """

@@ -28,6 +28,8 @@ SECRET = "s" * 32
         (["token", "--user", "alice"], {}, "There is no secret"),
         (["token", "--user", "x" * 300], {"RELAY_JWT_SECRET": SECRET}, "is not allowed"),
         (["send", "hi"], {"RELAY_JWT_SECRET": SECRET}, "--user"),
+        (["send", "hi", "--user", "x" * 300], {"RELAY_JWT_SECRET": SECRET}, "is not allowed"),
+        (["tail", "--user", "alice"], {}, "There is no secret"),
         (["send", "hi", "--user", "a", "--url", "ftp://h"], {}, "is not the address of a relay"),
         (["up", "--redis-url", "amqp://h"], {}, "RELAY_REDIS_URL='amqp://h' is not allowed"),
     ],

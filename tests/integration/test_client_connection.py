@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as serve_websocket
+from websockets.exceptions import InvalidURI
 
 from agent_worker import Run, Worker
 from gateway.app import Gateway, running_gateway
@@ -22,8 +23,10 @@ from relay.client import (
     Event,
     RelayClient,
     RequestFailed,
+    TokenExpiring,
     Update,
 )
+from relay.errors import DecodingFailed
 from tests.integration.gateway_support import gateway_settings, tab, token
 from tests.support.acl import settings_as
 
@@ -419,3 +422,127 @@ async def test_question_why_an_upgrade_failed_is_that_of_the_upgrade() -> None:
         with pytest.raises(ConnectionEnded, match="since is active") as caught:
             await RelayClient(url, token(), since="yesterday", client_id="me").__aenter__()
     assert caught.value.code == 422
+
+
+# --- A function that gives the token ---
+
+EXPIRING = {"type": "token_expiring", "expires_at": "2099-01-01T00:00:00.000Z"}
+AWAY = "the issuer is away"
+
+
+class Issuer:
+    """A token function that fails at these calls, counted from 1."""
+
+    def __init__(self, error: BaseException, *failing: int) -> None:
+        self.calls = 0
+        self._error = error
+        self._failing = failing
+
+    async def __call__(self) -> str:
+        self.calls += 1
+        if self.calls in self._failing:
+            raise self._error
+        return token()
+
+
+@pytest.mark.parametrize("moment", ["reconnect", "expiring"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(AWAY),
+        # These have a meaning of their own where a connection fails.
+        ConnectionRefusedError(AWAY),
+        TimeoutError(AWAY),
+        InvalidURI("x", AWAY),
+        DecodingFailed(AWAY),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_token_function_that_fails_is_asked_again(
+    error: Exception, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random.random", lambda: 0.0)  # by chance, no try waits
+    issuer = Issuer(error, 2, 3)
+    first = [ESTABLISHED, EXPIRING] if moment == "expiring" else [ESTABLISHED]
+    async with (
+        server_of(first, [ESTABLISHED]) as (url, asked),
+        RelayClient(url, issuer) as client,
+    ):
+        await update_of(client, Connected)
+        if moment == "reconnect":
+            client._link.drop()
+            await update_of(client, Disconnected)
+        for _ in range(2):
+            gone = await update_of(client, Disconnected)
+            assert isinstance(gone, Disconnected)
+            assert gone.reason == client.last_failure
+            assert type(error).__name__ in gone.reason
+            assert AWAY in gone.reason
+        await update_of(client, Connected)
+    assert issuer.calls == 4
+    assert len(asked) == 2
+
+
+async def test_token_function_that_fails_at_first_delays_the_first_connection() -> None:
+    issuer = Issuer(RuntimeError(AWAY), 1)
+    async with server_of([ESTABLISHED]) as (url, _), RelayClient(url, issuer) as client:
+        assert client.is_connected
+    assert issuer.calls == 2
+
+
+async def test_token_function_that_always_fails_is_named_when_the_time_is_up() -> None:
+    error = RuntimeError(AWAY)
+    issuer = Issuer(error, *range(1, 1_000))
+    async with server_of([ESTABLISHED]) as (url, asked):
+        with pytest.raises(ConnectionEnded, match=f"RuntimeError: {AWAY}") as caught:
+            await RelayClient(url, issuer, connect_timeout_s=0.3).__aenter__()
+    assert caught.value.__cause__ is error
+    assert issuer.calls >= 1
+    assert asked == []
+
+
+@pytest.mark.parametrize("moment", ["first", "reconnect", "expiring"])
+async def test_token_function_ends_the_client_where_it_says_so(moment: str) -> None:
+    ended = ConnectionEnded("Alice has signed out.")
+    issuer = Issuer(ended, 1 if moment == "first" else 2)
+    first = [ESTABLISHED, EXPIRING] if moment == "expiring" else [ESTABLISHED]
+    async with server_of(first) as (url, asked):
+        client = RelayClient(url, issuer)
+        if moment == "first":
+            with pytest.raises(ConnectionEnded) as caught:
+                await client.__aenter__()
+        else:
+            async with client:
+                await update_of(client, Connected)
+                if moment == "reconnect":
+                    client._link.drop()
+                with pytest.raises(ConnectionEnded) as caught:
+                    await until(client, "no run")
+    assert caught.value is ended
+    assert len(asked) == (0 if moment == "first" else 1)
+
+
+@pytest.mark.parametrize("moment", ["first", "expiring"])
+async def test_closed_client_cancels_its_token_function(moment: str) -> None:
+    is_asked, is_cancelled = asyncio.Event(), asyncio.Event()
+
+    async def waits() -> str:
+        if moment == "expiring" and not is_asked.is_set():
+            is_asked.set()
+            return token()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            is_cancelled.set()
+            raise
+        return ""
+
+    async with server_of([ESTABLISHED, EXPIRING]) as (url, _):
+        client = RelayClient(url, waits, connect_timeout_s=0.3)
+        if moment == "first":
+            with pytest.raises(ConnectionEnded):
+                await client.__aenter__()
+        else:
+            async with client:
+                await update_of(client, TokenExpiring)
+    assert is_cancelled.is_set()
