@@ -38,7 +38,7 @@ from gateway.http.internal import admin_routes, health_routes, metrics_routes
 from gateway.http.middleware import ApiCors, SafeHeaders
 from gateway.http.openapi import openapi_routes
 from gateway.http.page import page_routes
-from gateway.http.problems import EXCEPTION_HANDLERS
+from gateway.http.problems import exception_handlers
 from gateway.http.revocations import revocation_routes
 from gateway.http.runs import run_routes
 from gateway.http.tickets import ticket_routes
@@ -215,10 +215,15 @@ class Gateway:
         """
         settings = self.settings
         config = server_config(
-            build_app(self), max_frame_bytes=settings.max_frame_bytes, lobby=self._lobby
+            build_app(self),
+            max_frame_bytes=settings.max_frame_bytes,
+            lobby=self._lobby,
+            metrics=self.metrics,
         )
         admin_config = server_config(
-            build_internal_app(self), max_frame_bytes=settings.max_frame_bytes
+            build_internal_app(self),
+            max_frame_bytes=settings.max_frame_bytes,
+            metrics=self.metrics,
         )
         self._public = Listener(
             config,
@@ -474,7 +479,7 @@ def build_app(gateway: Gateway) -> ASGIApp:
             Middleware(SafeHeaders),
             Middleware(ApiCors, allowed_origins=gateway.settings.allowed_origins),
         ],
-        exception_handlers=EXCEPTION_HANDLERS,
+        exception_handlers=exception_handlers(gateway.metrics),
     )
     return StraightToSocket(app, connect=gateway.connect)
 
@@ -484,7 +489,7 @@ def build_internal_app(gateway: Gateway) -> Starlette:
     return Starlette(
         routes=gateway.internal_routes(),
         middleware=[Middleware(SafeHeaders)],
-        exception_handlers=EXCEPTION_HANDLERS,
+        exception_handlers=exception_handlers(gateway.metrics),
     )
 
 

@@ -83,6 +83,7 @@ def websocket_routes(services: ConnectionServices, connect: Connect) -> list[Bas
     async def without_upgrade(_: Request) -> Response:
         # RFC 9110 section 15.5.22; the option in Connection belongs to it (section 7.8).
         headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
+        services.metrics.requests_refused["upgrade_required"] += 1
         return problem(RequestRefused("upgrade_required"), headers)
 
     async def nothing_here(websocket: WebSocket) -> None:

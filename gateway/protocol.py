@@ -27,6 +27,7 @@ from gateway.session import (
     Close,
     Effect,
     Pong,
+    Refuse,
     Reply,
     Session,
     SessionLimits,
@@ -371,12 +372,15 @@ class Connection:
         match effect:
             case Reply(frame):
                 self._send(frame)
+            case Refuse(code, frame):
+                self._services.metrics.requests_refused[code] += 1
+                self._send(frame)
             case Pong(frame_id):
                 self._send(frames.pong(frame_id, self._position))
             case Close(CloseCode.TOKEN_EXPIRED, reason):
                 self.end_access(reason)
-            case Close(code, reason):
-                self.close(CloseCode(code), reason)
+            case Close(close_code, reason):
+                self.close(CloseCode(close_code), reason)
             case _:
                 raise TypeError(f"{type(effect).__name__} needs to wait")
 
@@ -384,9 +388,7 @@ class Connection:
         try:
             effects = await work
         except Exception as error:  # noqa: BLE001 -- one bad request must not end the connection
-            refused = refusal_of(error)
-            self._services.metrics.requests_refused[refused.code] += 1
-            effects = self._session.refuse(refused, frame_id)
+            effects = self._session.refuse(refusal_of(error), frame_id)
         for effect in effects:
             self._perform_now(effect)
 

@@ -18,8 +18,10 @@ from gateway import direct, websocket
 from gateway.clock import steady_ms
 from gateway.doorkeeper import Lobby
 from gateway.http.problems import last_answer
+from gateway.metrics import GatewayMetrics
 from gateway.outbox import Backlog
 from gateway.refusals import UNAVAILABLE_RETRY_MS
+from gateway.server_config import ServerConfig
 from gateway.websocket import RelayWebSocketProtocol
 from relay.cancellation import end_tasks
 from relay.errors import ConfigurationError, RequestRefused
@@ -155,11 +157,13 @@ class RelayHttpProtocol(H11Protocol):
             # Its request broke off in this: there is nothing that its answer could be sent to.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        if is_awaited and self.scope["method"] == "HEAD":
-            # RFC 9110, section 9.3.2. What is more would be taken for the next answer.
-            self.transport.write(NO_REQUEST[: NO_REQUEST.index(b"\r\n\r\n") + 4])
-        elif is_awaited or self.conn.our_state is h11.IDLE:
-            self.transport.write(NO_REQUEST)
+        if is_awaited or self.conn.our_state is h11.IDLE:
+            # RFC 9110, section 9.3.2: what is more would be taken for the next answer.
+            is_head = is_awaited and self.scope["method"] == "HEAD"
+            end = NO_REQUEST.index(b"\r\n\r\n") + 4 if is_head else None
+            self.transport.write(NO_REQUEST[:end])
+            if isinstance(self.config, ServerConfig) and self.config.metrics is not None:
+                self.config.metrics.requests_refused["bad_request"] += 1
         # Else a body turned out to be malformed after its request had been answered.
         self.transport.close()
 
@@ -247,14 +251,12 @@ class RelayHttpProtocol(H11Protocol):
         self.transport.close()
 
 
-class ServerConfig(uvicorn.Config):
-    """uvicorn's configuration, with what our protocol needs beside it."""
-
-    lobby: Lobby | None = None
-
-
 def server_config(
-    app: ASGIApp, *, max_frame_bytes: int, lobby: Lobby | None = None
+    app: ASGIApp,
+    *,
+    max_frame_bytes: int,
+    lobby: Lobby | None = None,
+    metrics: GatewayMetrics | None = None,
 ) -> uvicorn.Config:
     """Configure uvicorn. Its own log lines name URLs, so only its warnings are let through.
 
@@ -262,6 +264,7 @@ def server_config(
         app: What is served.
         max_frame_bytes: Longest frame that a client may send.
         lobby: Bounds the sockets without a whole request.
+        metrics: Counts what is refused before ``app`` hears of it.
     """
     config = ServerConfig(
         app,
@@ -284,6 +287,7 @@ def server_config(
         proxy_headers=False,
     )
     config.lobby = lobby
+    config.metrics = metrics
     return config
 
 

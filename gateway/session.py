@@ -51,6 +51,14 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Refuse:
+    """Send this ``error`` frame: a request is refused."""
+
+    code: str
+    frame: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Pong:
     """Answer a ping with the connection's position."""
 
@@ -94,7 +102,7 @@ class Close:
     reason: str
 
 
-Effect = Reply | Pong | Submit | CancelRun | AnswerInput | VerifyToken | Close
+Effect = Reply | Refuse | Pong | Submit | CancelRun | AnswerInput | VerifyToken | Close
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +223,7 @@ class Session:
 
     def refuse(self, refused: RequestRefused, frame_id: str | None) -> list[Effect]:
         """Answer a request that was understood and is refused; this is no offence."""
-        return [Reply(frames.error(refused, frame_id))]
+        return [Refuse(refused.code, frames.error(refused, frame_id))]
 
     # --- Limits ---
 

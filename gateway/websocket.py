@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import h11
@@ -16,13 +16,19 @@ from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.datastructures import Headers
-from websockets.exceptions import SecurityError
+from websockets.exceptions import (
+    InvalidHandshake,
+    InvalidMessage,
+    InvalidUpgrade,
+    SecurityError,
+)
 from websockets.http11 import Request
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
 from gateway.direct import DirectTransport, Receiver, TickWriter
 from gateway.http.problems import last_answer
+from gateway.server_config import ServerConfig
 from relay.errors import RequestRefused
 
 DIRECT_TRANSPORT = "relay.transport"
@@ -34,6 +40,8 @@ MAX_EARLY_BYTES = 64 * 1024
 MAX_HEADERS = 128
 MAX_LINE_BYTES = 8_000
 """Below the websockets library's limits: what is above is for it to refuse, or to accept."""
+
+SPOKEN = {"Sec-WebSocket-Version": "13"}
 
 _BODY_HEADERS = (b"content-length", b"transfer-encoding")
 # RFC 9110, section 5.5: h11 lets control characters through. What lies beyond ASCII is legal, but
@@ -94,13 +102,25 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     def handle_connect(self, event: Request) -> None:
         """Begin the handshake; what comes behind it waits for whoever takes the socket over."""
         self._early = bytearray()
-        super().handle_connect(event)
+        try:
+            # uvicorn would answer in plain text, and nobody would learn of it. Asking first costs
+            # a few microseconds.
+            self.conn.process_request(event)
+        except InvalidHandshake as error:
+            # What comes behind it is no second handshake.
+            self.handshake_initiated = True
+            self._refuse_handshake(error)
+        else:
+            super().handle_connect(event)
 
     def _refuse_handshake(self, error: Exception) -> None:
         if self.close_sent or self.transport.is_closing():
             return
         self.handshake_complete = self.close_sent = self.disconnected = True
-        self.transport.write(last_answer(_unreadable(error)))
+        refused, headers = _refusal(error)
+        if isinstance(self.config, ServerConfig) and self.config.metrics is not None:
+            self.config.metrics.refused[refused.code] += 1
+        self.transport.write(last_answer(refused, headers))
         self.transport.close()
 
     async def run_asgi(self) -> None:
@@ -176,9 +196,10 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         return direct
 
 
-def _unreadable(error: Exception) -> RequestRefused:
+def _refusal(error: Exception) -> tuple[RequestRefused, Mapping[str, str]]:
+    """Give what is told of a handshake that cannot be done, and in which headers."""
     if isinstance(error, SecurityError):
-        return RequestRefused(
+        refused = RequestRefused(
             "frame_too_large",
             f"The handshake is larger than this gateway accepts: {error}.",
             suggestions=(
@@ -186,8 +207,15 @@ def _unreadable(error: Exception) -> RequestRefused:
                 "Where the token is what is long, get a ticket with POST /v1/tickets.",
             ),
         )
-    return RequestRefused(
-        "invalid_frame",
-        "This is not a WebSocket handshake: it has a body, or a header that is malformed.",
-        suggestions=("See RFC 6455, section 4.1, for what a handshake looks like.",),
-    )
+        return refused, {}
+    if isinstance(error, InvalidUpgrade):
+        # RFC 9110, section 15.5.22.
+        headers = {"Upgrade": "websocket", "Connection": "Upgrade, close"}
+        return RequestRefused("upgrade_required"), headers
+    suggestions = ("See RFC 6455, section 4.1, for what a handshake looks like.",)
+    if isinstance(error, InvalidHandshake) and not isinstance(error, InvalidMessage):
+        detail = f"This is not a WebSocket handshake: {str(error)[:200]}."
+        # RFC 6455, section 4.2.2: the version may be what is wrong.
+        return RequestRefused("bad_request", detail, suggestions=suggestions), SPOKEN
+    detail = "This is not a WebSocket handshake: it has a body, or a header that is malformed."
+    return RequestRefused("invalid_frame", detail, suggestions=suggestions), {}

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 
+from gateway.metrics import GatewayMetrics
 from gateway.refusals import refusal_of, retry_after_s
 from relay.errors import RelayError, RequestRefused
 
@@ -66,48 +67,55 @@ def problem(refused: RequestRefused, headers: Mapping[str, str] | None = None) -
     return Response(orjson.dumps(body), status, more, MEDIA_TYPE)
 
 
-def last_answer(refused: RequestRefused) -> bytes:
+def last_answer(refused: RequestRefused, headers: Mapping[str, str] | None = None) -> bytes:
     """Give the problem document of a refusal as the whole answer that ends a connection.
 
     For what is refused where there is no application yet to answer (RFC 9112).
     """
-    response = problem(refused, {"X-Content-Type-Options": "nosniff", "Connection": "close"})
+    own = {"X-Content-Type-Options": "nosniff", "Connection": "close"}
+    response = problem(refused, {**own, **(headers or {})})
     status = HTTPStatus(response.status_code)
     lines = [b"%b: %b\r\n" % header for header in response.raw_headers]
     head = b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, status.phrase.encode(), b"".join(lines))
     return head + bytes(response.body)
 
 
-async def on_relay_error(_: HTTPConnection, error: Exception) -> Response:
-    """Answer a request that ended with one of our errors."""
-    return problem(refusal_of(error))
+def exception_handlers(metrics: GatewayMetrics) -> Mapping[Any, Any]:
+    """Make an application's answers to requests that ended with an exception.
 
+    Args:
+        metrics: Counts what is refused.
+    """
 
-async def on_http_error(request: HTTPConnection, error: Exception) -> Response:
-    """Answer a request that the router refused."""
-    if not isinstance(error, HTTPException):
-        raise TypeError(f"not an HTTP error: {error!r}")
-    codes = {404: "not_found", 405: "method_not_allowed"}
-    code = codes.get(error.status_code)
-    if code is None:
-        return problem(refusal_of(error))
-    detail = f"There is nothing at {request.url.path[:200]}." if code == "not_found" else None
-    return problem(RequestRefused(code, detail), error.headers)
+    def refuse(refused: RequestRefused, headers: Mapping[str, str] | None = None) -> Response:
+        metrics.requests_refused[refused.code] += 1
+        return problem(refused, headers)
 
+    async def on_relay_error(_: HTTPConnection, error: Exception) -> Response:
+        return refuse(refusal_of(error))
 
-async def on_client_gone(_: HTTPConnection, __: Exception) -> Response:
-    """Nobody reads this answer: the client left while it was sending."""
-    return Response(status_code=_CLIENT_CLOSED_REQUEST)
+    async def on_http_error(request: HTTPConnection, error: Exception) -> Response:
+        # The router refused it.
+        if not isinstance(error, HTTPException):
+            raise TypeError(f"not an HTTP error: {error!r}")
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        code = codes.get(error.status_code)
+        if code is None:
+            return refuse(refusal_of(error))
+        detail = f"There is nothing at {request.url.path[:200]}." if code == "not_found" else None
+        return refuse(RequestRefused(code, detail), error.headers)
 
+    async def on_client_gone(_: HTTPConnection, __: Exception) -> Response:
+        # Nobody reads this answer: the client left while it was sending.
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
-async def on_unexpected(_: Request, __: Exception) -> Response:
-    """Answer a request that hit a defect; the server logs the exception."""
-    return problem(RequestRefused("internal"))
+    async def on_unexpected(_: Request, __: Exception) -> Response:
+        # A defect; the server logs the exception.
+        return refuse(RequestRefused("internal"))
 
-
-EXCEPTION_HANDLERS: Mapping[Any, Any] = {
-    RelayError: on_relay_error,
-    HTTPException: on_http_error,
-    ClientDisconnect: on_client_gone,
-    Exception: on_unexpected,
-}
+    return {
+        RelayError: on_relay_error,
+        HTTPException: on_http_error,
+        ClientDisconnect: on_client_gone,
+        Exception: on_unexpected,
+    }

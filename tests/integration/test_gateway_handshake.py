@@ -236,6 +236,9 @@ async def test_header_beyond_ascii_keeps_nobody_out(gateway: Gateway) -> None:
         ("Content-Length: 5", "", "invalid_frame"),
         ("Transfer-Encoding: chunked", "", "invalid_frame"),
         ("Sec-WebSocket-Protocol: a\x01", "", "invalid_frame"),
+        ("Sec-WebSocket-Version: 8", "", "bad_request"),
+        ("Sec-WebSocket-Key: short", "", "bad_request"),
+        ("Upgrade: websocket", "", "upgrade_required"),
     ],
     ids=[
         "long header",
@@ -245,6 +248,9 @@ async def test_header_beyond_ascii_keeps_nobody_out(gateway: Gateway) -> None:
         "body",
         "chunked",
         "control",
+        "version",
+        "key",
+        "two upgrades",
     ],
 )
 async def test_handshake_that_cannot_be_read_is_refused_at_once_and_closed(
@@ -256,6 +262,8 @@ async def test_handshake_that_cannot_be_read_is_refused_at_once_and_closed(
     async with asyncio.timeout(5), upgrade as (reader, _):
         _, problem = read_problem(await reader.read())
     assert problem["code"] == code
+    assert gateway.metrics.refused == {code: 1}
+    assert gateway.metrics.requests_refused == {}
     async with tab(gateway, "alice", **GOOD) as opened:
         assert await opened.is_alive()
 

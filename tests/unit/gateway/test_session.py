@@ -17,6 +17,7 @@ from gateway.session import (
     Close,
     Effect,
     Pong,
+    Refuse,
     Reply,
     Session,
     SessionLimits,
@@ -42,9 +43,9 @@ def message(**changes: Any) -> str:
 
 def error_of(effects: list[Effect]) -> dict[str, Any]:
     [reply] = effects
-    assert isinstance(reply, Reply)
+    assert isinstance(reply, Refuse)
     frame: dict[str, Any] = orjson.loads(reply.frame)
-    assert frame["type"] == "error"
+    assert (frame["type"], frame["code"]) == ("error", reply.code)
     assert isinstance(frame["retryable"], bool)
     assert frame["recovery_suggestions"]
     return frame
@@ -169,7 +170,7 @@ def test_repeated_abuse_closes_with_1008(session: Session) -> None:
     for count in range(ABUSE_LIMIT - 1):
         assert len(session.receive_text("{", NOW + count)) == 1
     effects = session.receive_text("{", NOW + ABUSE_LIMIT)
-    assert isinstance(effects[0], Reply)
+    assert isinstance(effects[0], Refuse)
     assert isinstance(effects[1], Close)
     assert effects[1].code is CloseCode.POLICY
 
