@@ -176,6 +176,8 @@ class Link:
                 failures=self._failures,
                 asked_ms=self.state.reconnect_after_ms,
                 chance=chance,
+                # As after a sleep in which the token expired. Whoever is out is refused with 401.
+                renews_token=callable(self._token),
             )
             return step, reason or f"closed with {code}"
         except TimeoutError:

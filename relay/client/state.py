@@ -338,7 +338,13 @@ def backoff_ms(failures: int, chance: float) -> int:
 
 
 def after_close(
-    code: int | None, reason: str, *, failures: int, asked_ms: int | None, chance: float
+    code: int | None,
+    reason: str,
+    *,
+    failures: int,
+    asked_ms: int | None,
+    chance: float,
+    renews_token: bool = False,
 ) -> Retry | Stop:
     """Decide what to do after an established connection was closed.
 
@@ -348,6 +354,7 @@ def after_close(
         failures: As in ``backoff_ms``.
         asked_ms: ``after_ms`` of a ``reconnect`` frame, if there was one.
         chance: As in ``backoff_ms``.
+        renews_token: Whether the next connection is asked for with another token.
     """
     stopping = {
         CloseCode.TOKEN_EXPIRED: "The gateway ended the connection: the token has expired or was "
@@ -356,7 +363,7 @@ def after_close(
         CloseCode.POLICY: "The gateway ended the connection: this client broke its rules",
     }
     for stopping_code, message in stopping.items():
-        if code == stopping_code:
+        if code == stopping_code and not (renews_token and code == CloseCode.TOKEN_EXPIRED):
             return Stop(ConnectionEnded(f"{message}{f' ({reason})' if reason else ''}.", code))
     if asked_ms is not None and failures == 0:
         return Retry(asked_ms + backoff_ms(0, chance))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import jwt
 import pytest
 from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as serve_websocket
@@ -27,6 +29,7 @@ from relay.client import (
     Update,
 )
 from relay.errors import DecodingFailed
+from relay.revocations import revocation_of
 from tests.integration.gateway_support import gateway_settings, tab, token
 from tests.support.acl import settings_as
 
@@ -520,6 +523,44 @@ async def test_token_function_ends_the_client_where_it_says_so(moment: str) -> N
                     await until(client, "no run")
     assert caught.value is ended
     assert len(asked) == (0 if moment == "first" else 1)
+
+
+async def revoke(gateway: Gateway, made: str) -> None:
+    jti = jwt.decode(made, options={"verify_signature": False})["jti"]
+    await gateway._revocation_log.add(revocation_of("token", jti, time.time_ns() // 1_000_000))
+
+
+async def test_client_whose_token_was_revoked_comes_back_with_another_one(
+    redis_url: str, key_prefix: str
+) -> None:
+    made: list[str] = []
+
+    async def fresh() -> str:
+        made.append(token())
+        return made[-1]
+
+    async with stack(redis_url, key_prefix) as [gateway], RelayClient(gateway.url, fresh) as client:
+        await revoke(gateway, made[0])
+        gone = await update_of(client, Disconnected)
+        assert isinstance(gone, Disconnected)
+        assert "revoked" in gone.reason
+        await update_of(client, Connected)
+        assert len(made) == 2
+
+
+async def test_client_whose_new_token_is_the_revoked_one_ends(
+    redis_url: str, key_prefix: str
+) -> None:
+    same = token()
+
+    async def fresh() -> str:
+        return same
+
+    async with stack(redis_url, key_prefix) as [gateway], RelayClient(gateway.url, fresh) as client:
+        await revoke(gateway, same)
+        with pytest.raises(ConnectionEnded, match="did not accept the token") as caught:
+            await until(client, "no run")
+        assert caught.value.code == 401
 
 
 @pytest.mark.parametrize("moment", ["first", "expiring"])

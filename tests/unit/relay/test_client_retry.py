@@ -59,6 +59,12 @@ def test_every_close_code_is_decided_as_the_table_says() -> None:
         assert isinstance(step, Retry) == code.may_reconnect
 
 
+@pytest.mark.parametrize("code", list(CloseCode))
+def test_another_token_makes_up_for_the_old_one_only(code: CloseCode) -> None:
+    step = after_close(code, "", failures=0, asked_ms=None, chance=0, renews_token=True)
+    assert isinstance(step, Retry) == (code.may_reconnect or code == CloseCode.TOKEN_EXPIRED)
+
+
 def test_draining_gateway_says_when_to_come_back() -> None:
     step = after_close(CloseCode.DRAIN, "drain", failures=0, asked_ms=250, chance=0)
     assert step == Retry(250)
