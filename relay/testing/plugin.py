@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from relay.testing.streams import StreamWatch
 
 _SOURCE = pytest.StashKey["RedisSource"]()
+_STACKS = pytest.StashKey[list["RelayStack"]]()
 
 _MARKERS = (
     "relay(gateways=1, workers=[], settings={}): what relay_stack starts; the nearest mark wins",
@@ -117,6 +118,8 @@ def relay_stack_options(
     tmp_path: Path,
 ) -> Callable[..., RelayStack]:
     """Makes the stack that ini file, markers and arguments describe; does not start it."""
+    made: list[RelayStack] = []
+    request.node.stash[_STACKS] = made
 
     def make(**options: Any) -> RelayStack:
         from relay.testing.relay_stack import RelayStack
@@ -136,7 +139,9 @@ def relay_stack_options(
             **options,
         }
         folder = tmp_path / described["key_prefix"]
-        return RelayStack(folder, relay_redis, settings=settings, **described)
+        stack = RelayStack(folder, relay_redis, settings=settings, **described)
+        made.append(stack)
+        return stack
 
     return make
 
@@ -171,9 +176,12 @@ def relay_stack_sync(
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """Show the end of the processes' logs with a test that failed."""
     report = yield
-    fixtures = getattr(item, "funcargs", {})
-    stack: Any = fixtures.get("relay_stack") or fixtures.get("relay_stack_sync")
-    if report.failed and hasattr(stack, "last_lines"):
-        for name, lines in stack.last_lines().items():
-            report.sections.append((f"relay: {name}", lines))
+    if report.failed:
+        # The stacks as they were made, not as a fixture hands them out: that needs an event loop,
+        # which is closed where the streams are checked.
+        stacks: list[RelayStack] = item.stash.get(_STACKS, [])
+        for number, stack in enumerate(stacks, 1):
+            origin = "relay" if number == 1 else f"relay stack {number}"
+            for name, lines in stack.last_lines().items():
+                report.sections.append((f"{origin}: {name}", lines))
     return report

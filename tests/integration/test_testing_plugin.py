@@ -251,6 +251,22 @@ def their_output(tmp_path_factory: pytest.TempPathFactory) -> str:
         @pytest.mark.relay_any_stream
         def test_exempt_without_a_reason(relay_streams):
             pass
+
+        @pytest.mark.relay(workers=[])
+        def test_illegal_stream_of_a_stack(relay_stack_sync):
+            streams.record("phone", "a", lambda: FRAMES)
+
+        @pytest.mark.relay(workers=[])
+        @pytest.mark.relay_any_stream
+        def test_stack_exempt_without_a_reason(relay_stack_sync):
+            pass
+
+        @pytest.mark.asyncio
+        @pytest.mark.relay(workers=[])
+        async def test_fails_with_two_stacks(relay_stack_factory):
+            for _ in range(2):
+                await relay_stack_factory()
+            raise AssertionError
         """,
         relay_workers="agents:worker",
         relay_settings="MAX_ACTIVE_RUNS_PER_USER=3",
@@ -269,6 +285,23 @@ def test_failure_shows_the_timeline_and_the_logs(their_output: str) -> None:
     assert "agent_completed  offset=" in their_output
     assert "gateway-0.log" in their_output
     assert "connection opened" in their_output
+
+
+def test_failure_shows_the_logs_of_every_stack(their_output: str) -> None:
+    shown = their_output.partition("__ test_fails_with_two_stacks __")[2].partition("\n____")[0]
+    assert "relay: gateway-0.log" in shown, their_output
+    assert "relay stack 2: gateway-0.log" in shown
+    assert shown.count("gateway started") == 2
+
+
+def test_illegal_stream_fails_a_test_without_an_event_loop_alone(their_output: str) -> None:
+    assert "INTERNALERROR" not in their_output, their_output
+    assert "Event loop is closed" not in their_output
+    assert "ERROR test_it.py::test_illegal_stream_of_a_stack" in their_output
+    assert "ERROR test_it.py::test_stack_exempt_without_a_reason" in their_output
+    shown = their_output.partition("of test_illegal_stream_of_a_stack __")[2].partition("\n____")[0]
+    assert "the attempt has not started" in shown
+    assert "relay: gateway-0.log" in shown
 
 
 def test_stream_against_the_grammar_fails_the_test_that_recorded_it(their_output: str) -> None:
