@@ -119,6 +119,8 @@ class RunCommands:
     ) -> None:
         """Answer an agent's question; the first answer, from whichever tab, counts.
 
+        The same answer again is taken as it was the first time.
+
         Raises:
             RequestRefused: ``unknown_run``, ``run_ended``, ``unknown_request``,
                 ``invalid_frame``: the value does not fit the question, which stays open.

@@ -15,6 +15,7 @@ from relay.columns import Columns, lifecycle_columns
 from relay.errors import DecodingFailed, RequestRefused
 from relay.events import EventType
 from relay.keys import Keys
+from relay.lifecycle import ENDED
 from relay.scripts import RedisLink, mapped_errors
 
 _ATTEMPTS = 8
@@ -40,8 +41,11 @@ async def answer_input(
 ) -> None:
     """Answer an open input request of the user's run. The first answer wins.
 
+    The answer that won may be given again, until the run is tried again: it is taken as it was
+    the first time, and its worker is told again.
+
     Raises:
-        RequestRefused: ``unknown_run``, ``run_ended``, ``unknown_request`` (answered elsewhere,
+        RequestRefused: ``unknown_run``, ``run_ended``, ``unknown_request`` (answered otherwise,
             or expired), ``invalid_frame`` (the value does not fit; the request stays open).
         RedisUnavailable: Whether it was answered is unknown; answering again tells.
     """
@@ -107,6 +111,9 @@ async def resolve_input(
 ) -> bool:
     """Resolve an open request and wake the worker that waits for it.
 
+    Where it is resolved in this way already, only the worker is woken: the first time may have
+    ended before that, or before its caller knew.
+
     Returns:
         False if the run is in another attempt than the event says: build it again.
 
@@ -127,24 +134,51 @@ async def resolve_input(
     [reply] = await link.run([call])
     match [text_of(part) for part in reply]:
         case ["ok", worker_id, _]:
-            if worker_id:
-                signal = {
-                    "kind": "input",
-                    "user_id": envelope.user_id,
-                    "run_id": envelope.run_id,
-                    "request_id": request_id,
-                    "answer": answer,
-                }
-                with mapped_errors(link.url):
-                    await link.client.publish(keys.worker(worker_id), orjson.dumps(signal))
+            await _wake(link, keys, worker_id, envelope, request_id, answer)
+            return True
+        case ["answered", _, stored, worker_id] if _is_same(stored, answer):
+            await _wake(link, keys, worker_id, envelope, request_id, answer)
             return True
         case ["changed", _]:
             return False
-        case ["closed"]:
-            raise RequestRefused("unknown_request")
-        case ["ended", status]:
+        case ["ended" | "answered", status, *_] if status in ENDED:
             raise RequestRefused("run_ended", f"The run has already ended: {status}.")
+        case ["closed"] | ["answered", *_]:
+            raise RequestRefused("unknown_request")
         case ["unknown"]:
             raise RequestRefused("unknown_run")
         case other:
             raise DecodingFailed(f"resolve answered {other!r}")
+
+
+def _is_same(stored: str, answer: Mapping[str, Any]) -> bool:
+    """Whether two answers are the same JSON, in whichever order its fields stand."""
+    try:
+        known = orjson.loads(stored)
+    except ValueError as error:
+        raise DecodingFailed(f"a run's hash cannot be read: {error}") from error
+    # Not by ==, for which 1 is true.
+    first, again = (orjson.dumps(one, option=orjson.OPT_SORT_KEYS) for one in (known, answer))
+    return first == again
+
+
+async def _wake(
+    link: RedisLink,
+    keys: Keys,
+    worker_id: str,
+    envelope: RunEnvelope,
+    request_id: str,
+    answer: Mapping[str, Any],
+) -> None:
+    """Tell the run's worker. The answer in the run's hash is what counts."""
+    if not worker_id:
+        return
+    signal = {
+        "kind": "input",
+        "user_id": envelope.user_id,
+        "run_id": envelope.run_id,
+        "request_id": request_id,
+        "answer": answer,
+    }
+    with mapped_errors(link.url):
+        await link.client.publish(keys.worker(worker_id), orjson.dumps(signal))

@@ -242,7 +242,7 @@ class RelayClient:
         return str(answer.get("status", ""))
 
     async def respond(self, run_id: str, request_id: str, value: object) -> None:
-        """Answer an input request.
+        """Answer an input request; the same answer again is taken as it was the first time.
 
         Raises:
             RequestFailed: It is not open any more, or no answer came in time.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from typing import Any
@@ -44,6 +45,12 @@ def asking_worker() -> Worker:
             return "denied"
         except InputExpired:
             return "expired"
+
+    @worker.agent("anything")
+    async def anything(run: Run) -> None:
+        with contextlib.suppress(InputDenied):
+            await run.ask("What?", schema={}, timeout_s=30)
+        await asyncio.Event().wait()
 
     @worker.agent("plain")
     def plain(run: SyncRun) -> Any:
@@ -179,6 +186,65 @@ async def test_answer_whose_signal_is_lost_arrives_with_the_lease(settings: Sett
         run_key = client.keys.user(client.user_id).run(run_id)
         await client.link.client.hset(run_key, "worker", "nobody")
         await client.link.client.client_kill_filter(_type="pubsub")
+        await answer(client, run_id, request_id, True)
+        assert (await client.ended(run_id, deadline_s=5)).as_json()["result"] == "Sent."
+        await client.checked_log(run_id)
+
+
+async def test_answer_that_is_given_again_is_taken_as_before(settings: Settings) -> None:
+    async with Client(settings) as client, asking_worker().running(settings):
+        run_id = await client.submit("mailer", "60")
+        request_id = await open_request(client, run_id)
+        for _ in range(2):
+            await answer(client, run_id, request_id, True)
+        assert (await client.ended(run_id)).as_json()["result"] == "Sent."
+        await answer(client, run_id, request_id, True)
+        with pytest.raises(RequestRefused, match="run_ended"):
+            await answer(client, run_id, request_id, False)
+        events = await client.checked_log(run_id)
+        assert [event["type"] for event in events].count("input_resolved") == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "others"),
+    [
+        (InputAnswer(1), [InputAnswer(True), InputAnswer("1"), InputAnswer(is_denied=True)]),
+        (InputAnswer(is_denied=True), [InputAnswer(None), InputAnswer(False)]),
+        (InputAnswer({"a": 1, "b": [0]}), [InputAnswer({"a": 1, "b": [False]})]),
+    ],
+)
+async def test_another_answer_than_the_first_one_is_refused(
+    settings: Settings, first: InputAnswer, others: list[InputAnswer]
+) -> None:
+    async with Client(settings) as client, asking_worker().running(settings):
+        run_id = await client.submit("anything")
+        request_id = await open_request(client, run_id)
+
+        async def give(given: InputAnswer) -> None:
+            await client.registry.answer_input(client.user_id, run_id, request_id, given)
+
+        await give(first)
+        for other in others:
+            with pytest.raises(RequestRefused, match="unknown_request"):
+                await give(other)
+        if isinstance(first.value, dict):
+            await give(InputAnswer(dict(reversed(first.value.items()))))
+        await give(first)
+
+
+async def test_answer_that_is_given_again_reaches_a_worker_that_was_not_told(
+    redis_url: str, key_prefix: str
+) -> None:
+    # No lease is renewed in time: the second answer's signal alone can tell.
+    settings = worker_settings(redis_url, key_prefix, lease_ms=60_000)
+    async with Client(settings) as client, asking_worker().running(settings) as running:
+        run_id = await client.submit("mailer", "60")
+        request_id = await open_request(client, run_id)
+        run_key = client.keys.user(client.user_id).run(run_id)
+        await client.link.client.hset(run_key, "worker", "nobody")
+        await answer(client, run_id, request_id, True)
+        assert await client.status(run_id) == "running"
+        await client.link.client.hset(run_key, "worker", running.worker_id)
         await answer(client, run_id, request_id, True)
         assert (await client.ended(run_id, deadline_s=5)).as_json()["result"] == "Sent."
         await client.checked_log(run_id)
