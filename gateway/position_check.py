@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ ROUND_S = 4.0
 
 STEPS = 16
 """A round is spread over so many steps."""
+
+KEEPS_PER_AGE = 4
+"""How often a quiet channel is kept within the time in which it would expire."""
 
 CHUNK = 100
 """Channels compared in one pipeline: packing thousands would hold the loop up."""
@@ -52,10 +56,18 @@ class PositionCheck:
         self._outage = outage
         self._perform = perform
         self._step = 0
+        self._keep_every_s = link.limits.max_age_ms / 1000 / KEEPS_PER_AGE
+        self._keep_at_s = time.monotonic() + self._keep_every_s
+        # Steps left of the round in which channels are kept.
+        self._keeping = 0
 
     async def advance(self, feeds: Sequence[UserFeed]) -> None:
         """Do the next step of a round over these feeds."""
         self._step = (self._step + 1) % STEPS
+        self._keeping = max(0, self._keeping - 1)
+        if time.monotonic() >= self._keep_at_s:
+            self._keep_at_s = time.monotonic() + self._keep_every_s
+            self._keeping = STEPS
         checked = [feed for feed in feeds[self._step :: STEPS] if feed.state is FeedState.LIVE]
         if not checked and not self._outage.is_on:
             return
@@ -71,6 +83,8 @@ class PositionCheck:
             channels = [self._keys.user(feed.user_id).channel for feed in feeds]
             commands = [("HMGET", channel, "epoch", "offset") for channel in channels]
             _, *stored = await self._link.ask_each([("PING",), *commands])
+            if self._keeping:
+                await self._keep(feeds, stored)
         except (RedisUnavailable, RedisMisconfigured, ScriptFailed) as error:
             self._outage.begin(str(error))
             return False
@@ -92,6 +106,21 @@ class PositionCheck:
                     log.info("swallowed message noticed", user_id=feed.user_id, offset=expected)
                     self._repair(feed)
         return True
+
+    async def _keep(self, feeds: Sequence[UserFeed], stored: Sequence[Any]) -> None:
+        """Have the counters of quiet channels outlive their events while somebody is connected.
+
+        Without them the next event would begin a new history, and whoever has missed nothing
+        would be told that something was lost. The events go when their time has come.
+        """
+        keep_ms = str(self._link.limits.max_age_ms)
+        commands = [
+            ("PEXPIRE", self._keys.user(feed.user_id).channel, keep_ms)
+            for feed, answer in zip(feeds, stored, strict=True)
+            # Not what somebody else may have put there.
+            if _position_from(answer)[0] == feed.epoch
+        ]
+        await self._link.ask_each(commands)
 
     def _repair(self, feed: UserFeed) -> None:
         feed.sync()

@@ -16,7 +16,7 @@ from relay.scripts import RedisLink, mapped_errors
 
 SHARDS = 8
 RETAKE_MS = 2_000
-"""What one reaper took comes up again after this, in case it died with it."""
+"""What one reaper took and did not settle comes up again after this; it may have died with it."""
 
 
 def shard_key(keys: Keys, user_id: str) -> str:

@@ -94,10 +94,10 @@ class Reaper:
 
     @property
     def may_act(self) -> bool:
-        """Whether contact with Redis was unbroken for a full lease.
+        """Whether contact with Redis was unbroken for a full lease, so that workers may be judged.
 
         After an outage every lease may have expired although the workers live; they get the
-        time of one lease to renew.
+        time of one lease to renew. What needs no judgement is done at once (ADR 0020).
         """
         since_s = self._contact_since_s
         return since_s is not None and time.monotonic() - since_s >= self._lease_ms / 1000
@@ -110,12 +110,11 @@ class Reaper:
             started_s = time.monotonic()
             try:
                 await self._keep_contact()
-                if self.may_act:
-                    for shard in range(SHARDS):
-                        await self._reap(shard)
-                    if started_s >= sweep_at_s:
-                        sweep_at_s = started_s + SWEEP_S
-                        await sweep_orphans(self._link, self._keys, self._lease_ms)
+                for shard in range(SHARDS):
+                    await self._reap(shard)
+                if self.may_act and started_s >= sweep_at_s:
+                    sweep_at_s = started_s + SWEEP_S
+                    await sweep_orphans(self._link, self._keys, self._lease_ms)
             except RedisUnavailable as error:
                 self._contact_since_s = None
                 log.debug("reaper waits for Redis", error=str(error))
@@ -146,7 +145,7 @@ class Reaper:
                 await self._deadlines.discard(shard, member)
                 continue
             try:
-                await self.look_at(user_id, run_id)
+                await self.look_at(user_id, run_id, may_judge=self.may_act)
             except (ScriptFailed, DecodingFailed) as error:
                 # What one run holds must not keep the others from being looked at.
                 await self._look_failed(user_id, run_id, error)
@@ -172,8 +171,14 @@ class Reaper:
         await bury(self._link, self._keys, "unknown", task, reason)
         await self._deadlines.drop(user_id, run_id)
 
-    async def look_at(self, user_id: str, run_id: str) -> Decision:
+    async def look_at(self, user_id: str, run_id: str, *, may_judge: bool = True) -> Decision:
         """Read the truth about a run and do what has to be done.
+
+        Args:
+            user_id: Whose run.
+            run_id: The run.
+            may_judge: Whether silence of its worker means anything; if not, what follows from
+                that waits for the next look.
 
         Raises:
             RedisUnavailable: Whether it was done is unknown; the run comes up again.
@@ -187,7 +192,7 @@ class Reaper:
             await self._deadlines.set(user_id, run_id, decision.at_ms)
         elif isinstance(decision, Dispatch):
             await self._dispatch(user_id, run_id, run)
-        else:
+        elif may_judge or isinstance(decision, ExpireInput):
             await self._act(envelope, run, decision)
         return decision
 

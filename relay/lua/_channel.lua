@@ -84,7 +84,7 @@ local function touch(channel)
   -- whole, counters without their log would promise events that are gone.
   call('PEXPIRE', CHANNEL, MAX_AGE_MS)
   call('PEXPIRE', LOG, MAX_AGE_MS + CHANNEL_TTL_MARGIN_MS)
-  call('PEXPIRE', TEXTS, RUN_TTL_ACTIVE_MS)
+  call('PEXPIRE', TEXTS, math.max(RUN_TTL_ACTIVE_MS, MAX_AGE_MS + CHANNEL_TTL_MARGIN_MS))
   call('PEXPIRE', RUNS, RUN_TTL_ACTIVE_MS)
   call('PEXPIRE', THREADS, RUN_TTL_ACTIVE_MS)
 end

@@ -63,11 +63,13 @@ local function end_run(run_id, progress)
     fields[#fields + 1] = progress.ended_with
   end
   call('HSET', RUN, unpack(fields))
-  call('PEXPIRE', RUN, RUN_TTL_AFTER_END_MS)
-  local text_ttl = MAX_AGE_MS + CHANNEL_TTL_MARGIN_MS
-  if progress.status == 'completed' then
-    text_ttl = TEXT_TTL_AFTER_RUN_MS
+  local run_ttl, text_ttl = RUN_TTL_AFTER_END_MS, TEXT_TTL_AFTER_RUN_MS
+  if progress.status ~= 'completed' then
+    -- Its texts are in no result: they stay as long as the log, and are read with the run's hash.
+    text_ttl = MAX_AGE_MS + CHANNEL_TTL_MARGIN_MS
+    run_ttl = math.max(run_ttl, text_ttl)
   end
+  call('PEXPIRE', RUN, run_ttl)
   for name in string.gmatch(run[2] or '', '%S+') do
     call('PEXPIRE', BASE .. 'text:' .. name, text_ttl)
   end

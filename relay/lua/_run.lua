@@ -24,7 +24,7 @@ local function append_text(progress, run_id, offset, message_id, text, bytes_bef
   call('ZADD', TEXTS, offset, name)
   if length == #text then
     call('PEXPIRE', key, RUN_TTL_ACTIVE_MS)
-    call('PEXPIRE', TEXTS, RUN_TTL_ACTIVE_MS)
+    call('PEXPIRE', TEXTS, math.max(RUN_TTL_ACTIVE_MS, MAX_AGE_MS + CHANNEL_TTL_MARGIN_MS))
     call('HSET', RUN, 'texts', (call('HGET', RUN, 'texts') or '') .. ' ' .. name)
   end
 end

@@ -25,6 +25,7 @@ from relay.recovery import PART_THRESHOLD_BYTES, FeedState
 from relay.scripts import RedisLink
 from relay.testing import SequenceChecker
 from tests.conftest import OwnRedis
+from tests.integration.gateway_support import eventually
 from tests.integration.script_support import Channel
 
 DEADLINE_S = 15.0
@@ -434,6 +435,33 @@ async def test_one_users_broken_position_ends_no_other_users_check(
     await tab.until_type("agent_completed")
     await channel.client.delete(channel.keys.channel)
     await tab.until_type("reset")
+
+
+async def test_history_of_a_quiet_user_stays_the_same_while_somebody_is_connected(
+    hub: FeedHub,
+    channel: Channel,
+    redis: redis.asyncio.Redis,
+    key_prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(position_check, "ROUND_S", 0.2)
+    foreign = Keys(key_prefix).user("mallory").channel
+    await connect(hub, user_id="mallory")
+    await redis.delete(foreign)
+    await redis.set(foreign, "of somebody else")
+    tab = await connect(hub)
+    run = await channel.started()
+    await run.end()
+    await tab.until_type("agent_completed")
+    await redis.pexpire(channel.keys.channel, 60_000)
+    # As if a fourth of the time had passed in which it would have expired.
+    hub.checks._keep_at_s = 0.0
+
+    async def is_kept() -> bool:
+        return bool(await redis.pttl(channel.keys.channel) > 80_000_000)
+
+    await eventually(is_kept)
+    assert await redis.pttl(foreign) == -1
 
 
 async def test_a_feed_that_was_left_twice_in_one_moment_is_forgotten_once(

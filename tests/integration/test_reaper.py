@@ -233,7 +233,38 @@ async def test_a_reaper_that_has_only_just_met_redis_takes_nothing(
     async with Reaper(parts.link, parts.keys, lease_ms=60_000, cancel_grace_ms=GRACE_MS):
         await asyncio.sleep(0.3)
     assert [name for name, _ in await parts.events()] == ["agent_queued"]
-    assert await parts.link.client.zscore(index, member_of(USER, run_id)) == 1
+    assert await parts.link.client.zscore(index, member_of(USER, run_id)) is not None
+
+
+async def test_a_reaper_that_has_only_just_met_redis_does_what_time_alone_decides(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reaper, "POLL_S", 0.01)
+    index, asking_id = shard_key(parts.keys, USER), await parts.submit("asking")
+    async with Publisher(parts.link, parts.keys) as publisher:
+        stream = await started(parts, publisher, await parts.claim(asking_id, 60_000))
+        asked = {"request_id": "r1", "prompt": "Send?", "kind": "approval"}
+        await stream.publish(
+            EventType.INPUT_REQUESTED, {**asked, "expires_at": format_timestamp(1_000)}
+        )
+        await stream.flush()
+        retrying_id = await parts.submit("retrying")
+        claim = await parts.claim(retrying_id, 60_000, max_attempts=2)
+        failing = await started(parts, publisher, claim)
+        again = {"attempt": 2, "reason": "upstream_error", "delay_ms": 1}
+        await failing.retry(again)
+        tasks = await parts.tasks()
+        for run_id in (asking_id, retrying_id):
+            await parts.link.client.zadd(index, {member_of(USER, run_id): 1})
+        async with (
+            asyncio.timeout(10),
+            Reaper(parts.link, parts.keys, lease_ms=600_000, cancel_grace_ms=GRACE_MS),
+        ):
+            while await parts.tasks() == tasks:
+                await asyncio.sleep(0.01)
+            while (await parts.events())[-1][0] != "input_resolved":
+                await asyncio.sleep(0.01)
+        await stream.finish(EventType.AGENT_COMPLETED, {"result": "ok", "duration_ms": 1})
 
 
 async def test_a_superseded_lease_cannot_be_renewed(parts: Parts) -> None:

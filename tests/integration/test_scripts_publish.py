@@ -170,6 +170,28 @@ async def test_a_large_event_lies_beside_the_log(channel: Channel) -> None:
     assert (lost.is_claim, lost.size_bytes) == (True, 0)
 
 
+@pytest.mark.parametrize("days", [1, 30])
+async def test_text_of_a_failed_run_can_be_read_as_long_as_its_events(
+    redis_url: str, key_prefix: str, days: int
+) -> None:
+    age_ms = days * 86_400_000
+    async with Channel(redis_url, key_prefix, limits=LogLimits(max_age_ms=age_ms)) as channel:
+        run = await channel.started()
+        await run.publish(run.text("m1", 0, "half an ans"))
+        await run.end(EventType.AGENT_ERROR)
+        # As if it were a minute later: whoever reads renews the times to live.
+        await channel.client.hset(channel.keys.channel, "touched", 1)
+        await channel.read()
+        [name] = await channel.client.zrange(channel.keys.texts, 0, -1)
+        text = f"{channel.keys.base}text:{name.decode()}"
+        for key in (text, channel.keys.run(run.run_id), channel.keys.texts, channel.keys.log):
+            assert await channel.client.pttl(key) >= age_ms, key
+        # Another run begins to write: the index of texts is still of use to the first one.
+        other = await channel.started()
+        await other.publish(other.text("m2", 0, "more"))
+        assert await channel.client.pttl(channel.keys.texts) >= age_ms
+
+
 async def test_a_staged_event_is_published_by_its_name_once_it_is_there(channel: Channel) -> None:
     run = await channel.started()
     kind, *middle, event, digest = run.event(size=2 * BODY_PIECE_BYTES)
