@@ -20,7 +20,12 @@ from urllib.parse import urlsplit
 from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from relay.errors import ConfigurationError
 from relay.sentinel_address import SENTINEL_SCHEMES, parse_sentinel_url
@@ -327,6 +332,21 @@ class Settings(BaseSettings):
             )
 
 
+class _GivenSettings(Settings):
+    """Settings from arguments alone."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
 def _checked_origin(origin: str) -> str:
     parts = urlsplit(origin)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -338,11 +358,14 @@ def _checked_origin(origin: str) -> str:
     return f"{parts.scheme}://{parts.netloc}".lower()
 
 
-def load_settings(*, env_file: Path | None = ENV_FILE, **overrides: object) -> Settings:
+def load_settings(
+    *, env_file: Path | None = ENV_FILE, reads_environment: bool = True, **overrides: object
+) -> Settings:
     """Read the settings from arguments, environment and ``.env``.
 
     Args:
         env_file: File with more variables; ignored where it does not exist.
+        reads_environment: Without it only the arguments count, neither variables nor a file.
         **overrides: Values that win over all other sources; None means "not given".
 
     Raises:
@@ -354,9 +377,12 @@ def load_settings(*, env_file: Path | None = ENV_FILE, **overrides: object) -> S
         raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
     given = {name: value for name, value in overrides.items() if value is not None}
     try:
+        if not reads_environment:
+            return _GivenSettings(**given)  # type: ignore[arg-type]
         return Settings(_env_file=env_file, **given)  # type: ignore[arg-type]
     except ValidationError as error:
-        raise ConfigurationError(_describe_errors(error, given, env_file)) from None
+        found = _environment(os.environ, env_file) if reads_environment else {}
+        raise ConfigurationError(_describe_errors(error, given, found)) from None
     except (UnicodeDecodeError, OSError) as error:
         raise ConfigurationError(
             f"{env_file} cannot be read: {error}. It must be a text file in UTF-8 with lines "
@@ -365,9 +391,8 @@ def load_settings(*, env_file: Path | None = ENV_FILE, **overrides: object) -> S
 
 
 def _describe_errors(
-    error: ValidationError, given: Mapping[str, object], env_file: Path | None
+    error: ValidationError, given: Mapping[str, object], found: Mapping[str, str]
 ) -> str:
-    found = _environment(os.environ, env_file)
     lines: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         name = str(problem["loc"][0])

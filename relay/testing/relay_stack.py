@@ -104,8 +104,9 @@ class RelayStack(Stack):
         if isinstance(worker, str):
             return await self.start_worker(worker, self._app_dir, **settings)
         given = {name.lower(): value for name, value in {**self._settings, **settings}.items()}
+        # As the processes, it must not depend on the shell that pytest was started from.
         own = load_settings(
-            env_file=None,
+            reads_environment=False,
             **{**given, "redis_url": self.redis_url_of("worker"), "key_prefix": self.key_prefix},
         )
         await self._own.enter_async_context(worker.running(own))

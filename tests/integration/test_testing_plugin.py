@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import AbstractAsyncContextManager
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import psutil
 import pytest
 
 from agent_worker import Run, Worker
+from agent_worker.worker import RunningWorker
+from relay.config import Settings
 from relay.errors import ConfigurationError
 from relay.testing import RelayStack, WebSocketTestUtility
 
@@ -45,6 +48,16 @@ async def count(run: Run) -> str:
     for number in range(int(run.request.content)):
         await run.thinking(f"{number}")
     return run.run_id
+
+
+class SettingsOf(Worker):
+    """A worker that shows how it was configured."""
+
+    settings: Settings
+
+    def running(self, settings: Settings) -> AbstractAsyncContextManager[RunningWorker]:
+        self.settings = settings
+        return super().running(settings)
 
 
 def command(*arguments: str) -> list[str]:
@@ -128,6 +141,21 @@ async def test_redis_can_fall_silent_and_nothing_is_lost(relay_stack: RelayStack
 async def test_worker_in_this_process_cannot_be_killed(relay_stack: RelayStack) -> None:
     with pytest.raises(ConfigurationError, match="module:attribute"):
         await relay_stack.kill_worker()
+
+
+@pytest.mark.relay(gateways=0, settings={"CANCEL_GRACE_MS": 700})
+async def test_worker_in_this_process_is_configured_by_its_stack_alone(
+    relay_stack: RelayStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RELAY_LEASE_MS", "60000")
+    monkeypatch.setenv("RELAY_WORKER_METRICS_PORT", "0")
+    worker = SettingsOf("theirs")
+    worker.agent("count")(count)
+    await relay_stack.add_worker(worker, WORKER_CONCURRENCY=3)
+    settings = worker.settings
+    assert (settings.lease_ms, settings.worker_metrics_port) == (15_000, None)
+    assert (settings.cancel_grace_ms, settings.worker_concurrency) == (700, 3)
+    assert os.environ["RELAY_LEASE_MS"] == "60000"
 
 
 @pytest.mark.relay(gateways=2)

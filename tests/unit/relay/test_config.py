@@ -65,6 +65,22 @@ def test_options_win_over_variables_and_variables_over_the_file(
     assert (settings.port, settings.host, settings.key_prefix) == (3, "variable", "file")
 
 
+def test_arguments_alone_where_the_environment_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text("RELAY_HOST=file\n")
+    monkeypatch.setenv("RELAY_LEASE_MS", "60000")
+    monkeypatch.setenv("RELAY_WORKER_METRICS_PORT", "9100")
+    settings = load_settings(reads_environment=False, port=3, worker_metrics_port=None)
+    assert settings == load_settings(
+        reads_environment=False, port=3, lease_ms=15_000, host="127.0.0.1"
+    )
+    assert settings.worker_metrics_port is None
+    monkeypatch.setenv("RELAY_PORT", "2")
+    with pytest.raises(ConfigurationError, match="RELAY_PORT=70000 is not allowed"):
+        load_settings(reads_environment=False, port=70_000)
+
+
 def test_empty_variables_count_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RELAY_JWT_SECRET", "")
     monkeypatch.setenv("RELAY_PORT", "")
