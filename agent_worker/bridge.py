@@ -340,7 +340,7 @@ class AgentWebSocketBridge:
         )
         stream = self._publisher.open(claim, on_refused=partial(self._refuse, claim.run_id))
         errands = RegistryErrands(self._registry, claim, self.metrics)
-        run = BridgedRun(claim, stream, errands, self._let_go)
+        run = BridgedRun(claim, stream, errands, self._stop_renewing, self._let_go)
         lease = lease_of(claim, self._keys, run)
         self._open[claim.run_id] = _OpenRun(run, lease)
         self._leases.hold(lease)
@@ -355,6 +355,11 @@ class AgentWebSocketBridge:
             await run.end_for(WorkerStops())
             raise BridgeClosed("the bridge was closed")
         return run
+
+    def _stop_renewing(self, run: BridgedRun) -> None:
+        kept = self._open.get(run.run_id)
+        if kept is not None:
+            self._leases.release(kept.lease)
 
     def _let_go(self, run: BridgedRun) -> None:
         kept = self._open.pop(run.run_id, None)

@@ -61,6 +61,7 @@ class BridgedRun(Run):
         claim: Claim,
         stream: RunStream,
         errands: Errands,
+        on_left: Callable[[BridgedRun], None],
         on_end: Callable[[BridgedRun], None],
     ) -> None:
         self._clock = time.monotonic
@@ -70,7 +71,9 @@ class BridgedRun(Run):
         self.summary: str | None = None
         self.usage: dict[str, Any] | None = None
         self._stream = stream
+        self._on_left = on_left
         self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
         self._began_s = self._clock()
         self._task: asyncio.Task[Any] | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -163,13 +166,17 @@ class BridgedRun(Run):
 
     async def abandon(self) -> None:
         """Publish nothing more. A run without an end is ended by the reaper after its lease."""
+        if not self._is_ended:
+            self._let_go()
+            await self.end_waits()
+
+    def _let_go(self) -> None:
         if self._is_ended:
             return
         self._is_ending = self._is_ended = True
         self._outlet.close("the run has ended")
         self._stream.close()
         self._on_end(self)
-        await self.end_waits()
 
     def _duration_ms(self) -> int:
         return max(0, round(self.lasted_s * 1000))
@@ -242,16 +249,37 @@ class BridgedRun(Run):
         task, self._task = self._task, None
         self._is_ending = True
         is_stopped = self._cause is not None or self._refusal is not None
-        is_ours = False
-        if task is not None and is_stopped:
-            is_ours = task.uncancel() == 0
-            if is_ours and (error is None or not is_cancellation(error)):
-                # The block ended first; its cancellation may still wait for the next await.
-                await _take_cancellation()
+        is_ours = task is not None and is_stopped and task.uncancel() == 0
         if isinstance(error, GeneratorExit | KeyboardInterrupt):
-            # They leave no time to await; the reaper ends the run after its lease.
+            self._leave_early()
             return
+        if is_ours and (error is None or not is_cancellation(error)):
+            # The block ended first; its cancellation may still wait for the next await.
+            await _take_cancellation()
         await self._leave(error, is_ours=is_ours)
+
+    def _leave_early(self) -> None:
+        """End the run from a task of its own: here nothing may be awaited, or must not."""
+        if self._is_ended:
+            return
+        self._outlet.close("the block was left early")
+        # Should nothing be published any more, the reaper ends the run after its lease.
+        self._on_left(self)
+        try:
+            # A generator that nobody keeps may be collected in any thread.
+            self._loop.call_soon_threadsafe(self._end_early)
+        except RuntimeError:
+            # The loop is closed.
+            self._let_go()
+
+    def _end_early(self) -> None:
+        if self._refusal is not None:
+            ending = self.abandon()
+        else:
+            ending = self._end_alone(self._cause or WorkerStops())
+        self._ending = asyncio.create_task(ending, name=f"end-{self.run_id}")
+        # Cancelled before it began, it lets go of nothing itself.
+        self._ending.add_done_callback(lambda _: self._let_go())
 
     async def _leave(self, error: BaseException | None, *, is_ours: bool) -> None:
         if self._is_ended:

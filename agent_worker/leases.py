@@ -104,7 +104,8 @@ class LeaseKeeper:
         self._script = load_scripts()["renew"]
         # Three chances within a lease, also where one of them waits for an answer in vain.
         self._interval_s = min(LONGEST_INTERVAL_S, lease_ms / 4000)
-        self._lock = threading.Lock()
+        # Reentrant: a run that is let go by the garbage collector may be so in any line, also here.
+        self._lock = threading.RLock()
         self._leases: list[Lease] = []
         self._instance = ""
         self._is_first = True

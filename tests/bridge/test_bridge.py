@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import secrets
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import orjson
@@ -64,6 +66,10 @@ async def client(settings: Settings) -> AsyncIterator[Client]:
 
 def opening(**changes: Any) -> dict[str, Any]:
     return {"user_id": "alice", "thread_id": "t1", "agent": "researcher", **changes}
+
+
+async def nothing_is_open(bridge: AgentWebSocketBridge) -> bool:
+    return bridge.health().active_runs == 0
 
 
 async def work(run: Run) -> None:
@@ -347,6 +353,94 @@ async def test_applications_own_cancellation_goes_on_and_ends_the_run(
         await task
     error = (await client.ended(opened[0].run_id)).as_json()["error"]
     assert (error["code"], error["is_recoverable"]) == ("worker_lost", True)
+
+
+async def test_generator_whose_consumer_leaves_ends_its_run(
+    bridge: AgentWebSocketBridge, client: Client
+) -> None:
+    run_ids: list[str] = []
+
+    async def stream() -> AsyncIterator[str]:
+        async with bridge.run(**opening()) as run, run.tool("write"):
+            run_ids.append(run.run_id)
+            yield "a"
+            yield "b"
+
+    # As a web framework does with a streamed response whose client has gone.
+    pieces = stream()
+    assert await anext(pieces) == "a"
+    await pieces.aclose()  # type: ignore[attr-defined]
+    error = (await client.ended(run_ids[0])).as_json()["error"]
+    assert (error["code"], error["is_recoverable"]) == ("worker_lost", True)
+    events = await client.checked_log(run_ids[0])
+    assert [event["type"] for event in events[-2:]] == ["tool_completed", "agent_error"]
+    await eventually(partial(nothing_is_open, bridge))
+
+
+async def test_generator_that_nobody_keeps_ends_its_run(
+    bridge: AgentWebSocketBridge, client: Client
+) -> None:
+    run_ids: list[str] = []
+
+    async def stream() -> AsyncIterator[str]:
+        async with bridge.run(**opening()) as run:
+            run_ids.append(run.run_id)
+            yield "a"
+
+    async for _ in stream():
+        break
+    gc.collect()
+    assert (await client.ended(run_ids[0])).as_json()["error"]["code"] == "worker_lost"
+
+
+@pytest.mark.parametrize("cancelled_by", [None, "user"])
+async def test_block_that_is_closed_where_it_may_not_wait_ends_its_run(
+    bridge: AgentWebSocketBridge, client: Client, cancelled_by: str | None
+) -> None:
+    run = await bridge.open(**opening())
+
+    async def block() -> None:
+        async with run:
+            await asyncio.Event().wait()
+
+    coroutine = block()
+    coroutine.send(None)
+    if cancelled_by is not None:
+        run.request_stop(CancelAsked(cancelled_by))
+    coroutine.close()
+    if cancelled_by is not None:
+        # Its cancellation was under way.
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.sleep(0)
+    with pytest.raises(GrammarViolation, match="left early"):
+        await run.thinking("too late")
+    ended = await client.ended(run.run_id)
+    assert ended.summary.status == ("error" if cancelled_by is None else "cancelled")
+    await eventually(partial(nothing_is_open, bridge))
+
+
+async def test_interrupted_block_ends_its_run(bridge: AgentWebSocketBridge, client: Client) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        async with bridge.run(**opening()) as run:
+            raise KeyboardInterrupt
+    assert (await client.ended(run.run_id)).as_json()["error"]["code"] == "worker_lost"
+
+
+async def test_lease_of_a_block_left_early_is_let_go_at_once(
+    bridge: AgentWebSocketBridge,
+) -> None:
+    run = await bridge.open(**opening())
+
+    async def block() -> None:
+        async with run:
+            await asyncio.Event().wait()
+
+    coroutine = block()
+    coroutine.send(None)
+    assert len(bridge._leases._leases) == 1
+    coroutine.close()
+    # Before the event loop has had a turn: it may never get another one.
+    assert bridge._leases._leases == []
 
 
 async def test_run_without_a_block_ends_when_its_user_says(
