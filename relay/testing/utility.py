@@ -174,11 +174,13 @@ class WebSocketTestUtility(RecordingClient):
     def text_of(self, run_id: str) -> str:
         """Give the text that a run's latest attempt has streamed so far.
 
+        What earlier attempts streamed is superseded by ``agent_retrying``, before the next begins.
+
         Raises:
             AssertionError: The pieces do not fit together.
         """
         pieces = self.texts(run_id).pieces
-        latest = max((attempt for attempt, _ in pieces), default=0)
+        latest = max(map(_latest_attempt, self.events_of(run_id)), default=0)
         return "".join(text for (attempt, _), text in pieces.items() if attempt == latest)
 
     # --- Harm ---
@@ -294,6 +296,12 @@ def _is_of_type(event: Frame, event_type: str) -> bool:
     if event_type == "terminal":
         return event["type"] in TERMINAL
     return bool(event["type"] == event_type)
+
+
+def _latest_attempt(event: Frame) -> int:
+    """Give the attempt that an event is of, or announces."""
+    announced = event["data"]["attempt"] if event["type"] == EventType.AGENT_RETRYING else 0
+    return max(int(event.get("attempt") or 0), int(announced))
 
 
 def _matches(seen: Sequence[str], expected: Sequence[Expected]) -> bool:

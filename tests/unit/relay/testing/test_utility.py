@@ -229,3 +229,17 @@ def test_event_in_parts_is_told_as_one() -> None:
     story = client.timeline()
     assert "agent_completed  offset=3 run_id=run_1 seq=3 attempt=1 (in parts)" in story
     assert "event_part" not in story
+
+
+def test_text_is_superseded_before_the_next_attempt_streams_any() -> None:
+    first = whole_run()[:-1]
+    retrying = event("agent_retrying", 7, 5, attempt=2, reason="worker_lost", delay_ms=0)
+    started = {**event("agent_started", 8, 6), "attempt": 2}
+    ended = {**event("agent_completed", 9, 7, result="", duration_ms=1), "attempt": 2}
+    assert client_of(*first).text_of(RUN) == "Hello, you."
+    assert client_of(*first, retrying).text_of(RUN) == ""
+    assert client_of(*first, retrying, started).text_of(RUN) == ""
+    client = client_of(*first, retrying, started, ended)
+    client.assert_complete(RUN, text="")
+    text = refused(lambda: client.assert_complete(RUN, text="Hello, you."))
+    assert "'' instead of 'Hello, you.'" in text
