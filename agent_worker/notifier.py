@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -131,7 +131,7 @@ class WebSocketNotifier:
         context: NotifierContext,
         error_message: str,
         error_type: str | None = None,
-        error_details: Mapping[str, Any] | None = None,
+        error_details: Any = None,
         recovery_suggestions: Sequence[str] | None = None,
         is_recoverable: bool = True,
         estimated_retry_delay_ms: int | None = None,
@@ -142,7 +142,7 @@ class WebSocketNotifier:
             context: The run.
             error_message: A sentence for the user, shown as it is: never an exception's text.
             error_type: One of the relay's codes; any other counts as ``agent_failed``.
-            error_details: For the log; nothing of it reaches the user.
+            error_details: For the log, in any form; nothing of it reaches the user.
             recovery_suggestions: What the user can do.
             is_recoverable: Whether trying again may help.
             estimated_retry_delay_ms: When.
@@ -238,15 +238,15 @@ class WebSocketNotifier:
         context: NotifierContext,
         error: AgentError,
         error_type: str | None,
-        details: Mapping[str, Any] | None,
+        details: Any,
     ) -> None:
         run = self._ended(context, EventType.AGENT_ERROR)
-        if details or error_type not in (None, error.code):
+        if details is not None or error_type not in (None, error.code):
             _log.info(
                 "agent_error_details",
                 run_id=run.run_id,
                 error_type=error_type,
-                details=redact(dict(details or {}), SECRET_NAMES),
+                details=_shown(details),
             )
         await run.fail(error)
 
@@ -262,3 +262,15 @@ class WebSocketNotifier:
         notified = self._of(context, event_type)
         del self._runs[context.user_id, context.run_id]
         return notified.run
+
+
+def _shown(details: Any) -> Any:
+    """Give what the log may hold of an error's details: never a secret, and never an exception."""
+    try:
+        shown = redact(details, SECRET_NAMES)
+        # Whoever renders the log calls it.
+        repr(shown)
+    except Exception:  # noqa: BLE001
+        # Whatever the caller's objects do, the run must end.
+        return f"not shown: {type(details).__name__}"
+    return shown

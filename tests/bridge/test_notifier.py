@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import pytest_asyncio
+import structlog
 
 from agent_worker import AgentError, AgentWebSocketBridge, WebSocketNotifier
 from relay.config import Settings
@@ -161,6 +162,48 @@ async def test_calls_out_of_place_are_refused(bridge: AgentWebSocketBridge, clie
     assert (await client.ended(context.relay_run_id)).summary.status == "cancelled"
     with pytest.raises(GrammarViolation):
         await notifier.send_agent_thinking(context, "too late")
+
+
+class Unreadable(Mapping[str, Any]):
+    def __getitem__(self, key: str) -> Any:
+        raise LookupError("gone")
+
+    def __iter__(self) -> Iterator[str]:
+        raise LookupError("gone")
+
+    def __len__(self) -> int:
+        return 1
+
+
+def endless() -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    value["self"] = value
+    return value
+
+
+@pytest.mark.parametrize(
+    ("details", "logged"),
+    [
+        ("ValueError: boom", "ValueError: boom"),
+        (["a", {"password": "hunter2"}], ["a", {"password": "[redacted]"}]),
+        ({"password": "hunter2", "at": 3}, {"password": "[redacted]", "at": 3}),
+        (7, 7),
+        (endless(), "not shown: dict"),
+        (Unreadable(), "not shown: Unreadable"),
+    ],
+)
+async def test_details_of_any_form_end_the_run(
+    bridge: AgentWebSocketBridge, client: Client, details: Any, logged: Any
+) -> None:
+    notifier, context = WebSocketNotifier(bridge), OldContext()
+    await notifier.send_agent_started(context)
+    with structlog.testing.capture_logs() as logs:
+        await notifier.send_agent_error(context, "It broke.", error_details=details)
+    [line] = [line for line in logs if line["event"] == "agent_error_details"]
+    assert line["details"] == logged
+    error = (await client.ended(context.relay_run_id)).as_json()["error"]
+    assert error["error_message"] == "It broke."
+    assert bridge.health().active_runs == 0
 
 
 @pytest.mark.filterwarnings("default:WebSocketNotifier:DeprecationWarning")
