@@ -104,7 +104,13 @@ class Cancelling:
                 if next_run:
                     await dispatch(self._link, self._keys, Task(user_id, next_run, next_agent))
                 return CancelOutcome(run_id, "cancelled", already=False)
-            case ["ended", status]:
+            case ["ended", "cancelled", stored, next_run, next_agent] if _is_by(stored, flag["by"]):
+                # The first time may have ended before the next run's workers were told, or before
+                # its caller knew.
+                if next_run:
+                    await dispatch(self._link, self._keys, Task(user_id, next_run, next_agent))
+                return CancelOutcome(run_id, "cancelled", already=True)
+            case ["ended", status, *_]:
                 raise RequestRefused("run_ended", f"The run has already ended: {status}.")
             case ["unknown"]:
                 raise RequestRefused("unknown_run")
@@ -121,3 +127,12 @@ class Cancelling:
         signal = {"kind": "cancel", "user_id": user_id, "run_id": run_id, **flag}
         with mapped_errors(self._link.url):
             await self._link.client.publish(self._keys.worker(worker_id), orjson.dumps(signal))
+
+
+def _is_by(stored: str, by: str) -> bool:
+    """Whether a run's cancel flag is that of whoever asks."""
+    try:
+        flag = orjson.loads(stored or "{}")
+    except ValueError as error:
+        raise DecodingFailed(f"a run's hash cannot be read: {error}") from error
+    return isinstance(flag, dict) and flag.get("by") == by

@@ -220,8 +220,9 @@ class RunRegistry:
     ) -> CancelOutcome:
         """Ask a run to stop: at once if no worker has it, otherwise through its worker.
 
-        Asking again is harmless; the worker is signalled again. The runs that this run has asked
-        for are asked to stop as well.
+        Asking again is harmless: the worker is signalled again, and a run that ended because the
+        same one asked for it is ``cancelled`` as before. The runs that this run has asked for are
+        asked to stop as well.
 
         Raises:
             RequestRefused: ``unknown_run`` or ``run_ended``.

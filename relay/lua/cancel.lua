@@ -7,7 +7,9 @@
 --
 -- Gives {'requested', worker} | {'already', status, worker} | {'cancelled', next run, its agent}
 --       {'changed', attempt}  the bytes name another attempt: build them again
---       {'ended', status} | {'unknown'}
+--       {'ended', status, cancel flag, next run, its agent}  whose the flag is says whether the run
+--         ended because the caller asked for it; the next run where it still waits, or ''
+--       {'unknown'}
 
 local run_id = ARGV[6]
 
@@ -18,7 +20,12 @@ if not status then
   return {'unknown'}
 end
 if is_ended(status) then
-  return {'ended', status}
+  local later = call('HMGET', RUN, 'next_run', 'next_agent')
+  local next_run = later[1] or ''
+  if next_run == '' or call('HGET', BASE .. 'run:' .. next_run, 'status') ~= 'queued' then
+    return {'ended', status, run[3] or '', '', ''}
+  end
+  return {'ended', status, run[3] or '', next_run, later[2] or ''}
 end
 if run[3] then
   return {'already', status, run[4] or ''}

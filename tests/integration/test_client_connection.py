@@ -199,8 +199,11 @@ async def test_cancel_ends_the_run(redis_url: str, key_prefix: str) -> None:
         await client.cancel(accepted.run_id, "enough")
         events = await until(client, accepted.run_id)
         assert events[-1].type == "agent_cancelled"
+        assert await client.cancel(accepted.run_id, "enough") == "cancelled"
+        done = await client.send_message("1", thread_id="t", agent="count")
+        await until(client, done.run_id)
         with pytest.raises(RequestFailed) as caught:
-            await client.cancel(accepted.run_id)
+            await client.cancel(done.run_id)
         assert caught.value.code == "run_ended"
 
 

@@ -164,7 +164,8 @@ async def test_cancel_ends_a_queued_run_and_a_foreign_one_is_unknown(gateway: Ga
         }
         if not any(frame["type"] == "agent_cancelled" for frame in alice.frames):
             await alice.until("agent_cancelled")
-        assert (await alice.ask(type="cancel", run_id=run_id))["code"] == "run_ended"
+        again = await alice.ask(type="cancel", run_id=run_id, reason="changed my mind")
+        assert again == {**answer, "id": again["id"]}
         assert (await alice.ask(type="cancel", run_id="run_x"))["code"] == "unknown_run"
         assert await bob.is_alive()
         assert not bob.events

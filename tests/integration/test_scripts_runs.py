@@ -147,9 +147,34 @@ async def test_a_queued_run_is_cancelled_at_once(channel: Channel) -> None:
     assert (outcome.status, outcome.already) == ("cancelled", False)
     assert types(await channel.read())[-2:] == ["cancel_requested", "agent_cancelled"]
     assert await tasks(channel) == [submitted.run_id, following.run_id]
-    with pytest.raises(RequestRefused) as caught:
-        await channel.registry.cancel(channel.user_id, submitted.run_id)
-    assert caught.value.code == "run_ended"
+
+
+async def test_a_cancel_that_is_repeated_after_the_end_is_taken_as_before(channel: Channel) -> None:
+    submitted = await channel.submit(thread_id="t")
+    following = await channel.submit(thread_id="t")
+    await channel.registry.cancel(channel.user_id, submitted.run_id, reason="changed")
+    before = await channel.read()
+    # As if the first time had broken off before it told the workers of the next run.
+    await channel.client.delete(channel.all_keys.tasks("docs"))
+    again = await channel.registry.cancel(channel.user_id, submitted.run_id, reason="changed")
+    assert (again.status, again.already) == ("cancelled", True)
+    assert await tasks(channel) == [following.run_id]
+    assert (await channel.read()).offset == before.offset
+    await channel.claim(following.run_id)
+    await channel.registry.cancel(channel.user_id, submitted.run_id)
+    assert await tasks(channel) == [following.run_id], "it is at work already"
+
+
+async def test_a_cancel_after_an_end_of_another_cause_is_refused(channel: Channel) -> None:
+    by_system, in_vain, done = [await channel.started() for _ in range(3)]
+    await channel.registry.cancel(channel.user_id, by_system.run_id, by="system")
+    await by_system.end(EventType.AGENT_CANCELLED)
+    await channel.registry.cancel(channel.user_id, in_vain.run_id)
+    await in_vain.end()
+    await done.end()
+    for run in (by_system, in_vain, done):
+        with pytest.raises(RequestRefused, match="run_ended"):
+            await channel.registry.cancel(channel.user_id, run.run_id)
 
 
 async def test_a_running_run_is_asked_to_stop_once(channel: Channel) -> None:

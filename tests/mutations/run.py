@@ -229,8 +229,15 @@ MUTATIONS = (
     ),
     Mutation(
         "one answer to a question",
+        "relay/inputs.py",
+        "return first == again",
+        "return True",
+        [f"{INTEGRATION}/test_worker_questions.py"],
+    ),
+    Mutation(
+        "an answer to an open question only",
         "relay/lua/resolve.lua",
-        "if not cjson.decode(run[3] or '{}')[request_id] then",
+        "if not is_open then",
         "if false then",
         [f"{INTEGRATION}/test_worker_questions.py"],
     ),
