@@ -11,9 +11,12 @@ import subprocess
 import sys
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+import relay.client
+from relay.client import Update
 from relay.config import describe_settings
 from relay.keys import Keys, UserKeys
 
@@ -297,6 +300,25 @@ def test_settings_in_the_documents_match_the_code() -> None:
 
 
 # --- What must not be in the tree ---
+
+
+def test_updates_in_the_documents_have_the_fields_that_are_named_there() -> None:
+    text = (ROOT / "docs/python-client.md").read_text()
+    table = text.partition("| update | meaning |")[2].partition("\n\n")[0]
+    named, wrong = set(), []
+    for line in table.splitlines()[2:]:
+        first, _, meaning = line.strip("| ").partition(" | ")
+        updates = re.findall(r"`(\w+)`", first)
+        named |= set(updates)
+        for field in re.findall(r"`([a-z]\w*)`", meaning):
+            wrong += [
+                f"{name}.{field}"
+                for name in updates
+                if not hasattr(getattr(relay.client, name), field)
+            ]
+    assert {"Event", "Connected", "Disconnected"} < named
+    assert named == {update.__name__ for update in get_args(Update)}
+    assert not wrong
 
 
 def test_no_machine_paths_in_the_tree() -> None:

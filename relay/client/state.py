@@ -73,7 +73,13 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """A connection is open; events after ``position`` follow."""
+    """A connection is open; events after ``position`` follow.
+
+    Attributes:
+        runs: Each run that is active or has just ended.
+        raw: All that the gateway said, as it came.
+        agents: ``name`` and ``description`` of each agent that can be asked.
+    """
 
     position: str
     recovered: bool
@@ -81,6 +87,7 @@ class Connected:
     node: str
     runs: Sequence[Fields]
     raw: Fields = field(repr=False)
+    agents: Sequence[Fields] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +235,7 @@ class ClientState:
             node=frame.get("node", ""),
             runs=frame.get("runs", ()),
             raw=frame,
+            agents=frame.get("agents", ()),
         )
 
     def _receive_reply(self, frame: Fields) -> Reply | Complaint:

@@ -90,6 +90,15 @@ def test_what_is_established_is_told_and_kept() -> None:
     assert state.heartbeat_ms == 100
 
 
+def test_agents_are_told_and_may_be_absent() -> None:
+    [update] = receive(ClientState(), **established(agents=[{"name": "a", "description": ""}]))
+    assert isinstance(update, Connected)
+    assert update.agents == [{"name": "a", "description": ""}]
+    [update] = receive(ClientState(), **established())
+    assert isinstance(update, Connected)
+    assert update.agents == ()
+
+
 def test_heartbeat_moves_the_position_forward_only() -> None:
     state = connected("e:4")
     receive(state, type="heartbeat", position="e:9")
