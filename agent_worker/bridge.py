@@ -34,11 +34,11 @@ from agent_worker.patience import until_redis_answers
 from agent_worker.signals import SignalListener
 from agent_worker.stops import CancelAsked, WorkerStops
 from relay.config import Settings
-from relay.encoding import redact
+from relay.encoding import SECRET_NAMES, redact
 from relay.errors import PublishRefused, RelayError
 from relay.keys import Keys
 from relay.notices import Notice
-from relay.publisher import SECRET_NAMES, Publisher
+from relay.publisher import Publisher
 from relay.run_model import RunLimits, SubmitRequest
 from relay.runs import RunRegistry
 from relay.scripts import LogLimits, RedisLink

@@ -16,10 +16,9 @@ import structlog
 from agent_worker.bridge import AgentWebSocketBridge
 from agent_worker.bridged_run import BridgedRun
 from agent_worker.tool import Tool
-from relay.encoding import redact
+from relay.encoding import SECRET_NAMES, redact
 from relay.errors import AGENT_ERRORS, AgentError, GrammarViolation, StaleFence
 from relay.events import EventType
-from relay.publisher import SECRET_NAMES
 
 _log = structlog.get_logger(__name__)
 

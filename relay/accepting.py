@@ -12,7 +12,7 @@ from relay import clock
 from relay.cancelling import Cancelling
 from relay.codec import RunEnvelope, Task, text_of
 from relay.deadlines import Deadlines
-from relay.encoding import encode_json
+from relay.encoding import SECRET_NAMES, encode_json, redact
 from relay.errors import DecodingFailed, RequestRefused, RunEnded, StaleFence
 from relay.events import EventType, validate_data
 from relay.keys import Keys
@@ -252,8 +252,10 @@ def _accepted(request: SubmitRequest) -> tuple[str, bytes, bytes]:
         metadata["parent_run_id"] = request.parent.run_id
     asked = {"message_id": request.message_id, "content": request.content, "metadata": metadata}
     envelope = RunEnvelope(run_id, 0, request.thread_id, request.user_id, request.agent)
-    data = validate_data(EventType.AGENT_QUEUED, asked)
-    return run_id, encode_json(asked), envelope.encode(EventType.AGENT_QUEUED, clock.now_ms(), data)
+    given = encode_json(asked)
+    # The agent gets everything that it was given; devices, and the log, get no secrets.
+    data = redact(validate_data(EventType.AGENT_QUEUED, asked), SECRET_NAMES)
+    return run_id, given, envelope.encode(EventType.AGENT_QUEUED, clock.now_ms(), data)
 
 
 def _agent_from(name: bytes | str, stored: bytes | str) -> AgentInfo:

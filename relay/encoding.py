@@ -22,6 +22,25 @@ from relay.errors import EncodingFailed
 MAX_DEPTH = 254
 """Levels of nesting that the encoder takes."""
 
+SECRET_NAMES = frozenset(
+    {
+        "access_token",
+        "api_key",
+        "apikey",
+        "authorization",
+        "client_secret",
+        "cookie",
+        "id_token",
+        "passwd",
+        "password",
+        "private_key",
+        "refresh_token",
+        "secret",
+        "token",
+    }
+)
+"""Keys whose values no event carries."""
+
 SHOWN_KEY_CHARS = 64
 
 _OPTIONS = orjson.OPT_UTC_Z | orjson.OPT_NAIVE_UTC

@@ -16,6 +16,7 @@ from relay.batch_sender import BatchSender
 from relay.batches import Acknowledged
 from relay.cancellation import end_tasks
 from relay.codec import Task
+from relay.encoding import SECRET_NAMES
 from relay.errors import PublishRefused, RedisMisconfigured, RedisUnavailable
 from relay.keys import Keys
 from relay.publish_lane import PublishLane
@@ -23,25 +24,6 @@ from relay.run_model import Claim
 from relay.run_stream import RunStream
 from relay.scripts import RedisLink, ScriptFailed
 from relay.tasks import dispatch
-
-SECRET_NAMES = frozenset(
-    {
-        "access_token",
-        "api_key",
-        "apikey",
-        "authorization",
-        "client_secret",
-        "cookie",
-        "id_token",
-        "passwd",
-        "password",
-        "private_key",
-        "refresh_token",
-        "secret",
-        "token",
-    }
-)
-"""Keys whose values never leave the worker."""
 
 LAST_DISPATCHES_S = 1.0
 _RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 1.0

@@ -13,9 +13,8 @@ from typing import Any
 from benchmarks.figures import Check, Section, Table
 from benchmarks.stage import Plan
 from relay.codec import RunEnvelope
-from relay.encoding import redact
+from relay.encoding import SECRET_NAMES, redact
 from relay.events import EventType, validate_data
-from relay.publisher import SECRET_NAMES
 
 NAME = "encoding"
 

@@ -125,6 +125,33 @@ async def test_bridge_publishes_what_a_worker_publishes(
     assert bridge.health().active_runs == 0
 
 
+async def test_secrets_of_a_request_reach_its_agent_and_no_device(
+    settings: Settings, bridge: AgentWebSocketBridge, client: Client
+) -> None:
+    given: list[Any] = []
+    worker = Worker()
+
+    @worker.agent("lead")
+    async def lead(run: Run) -> None:
+        given.append(run.request.metadata)
+        await run.call_agent("below", "x", {"login": {"password": "hunter2"}})
+
+    @worker.agent("below")
+    async def below(run: Run) -> None:
+        given.append(run.request.metadata["login"])
+
+    metadata = {"api_key": "hunter2", "lang": "en"}
+    async with worker.running(settings):
+        await client.ended(await client.submit("lead", metadata=metadata))
+    async with bridge.run(**opening(metadata=metadata)) as run:
+        given.append(run.request.metadata)
+    assert given == [metadata, {"password": "hunter2"}, metadata]
+    entries = await client.link.client.xrange(client.keys.user("alice").log)
+    assert "hunter2" not in str(entries)
+    queued, *_ = await client.checked_log(run.run_id)
+    assert queued["data"]["metadata"] == {"api_key": "[redacted]", "lang": "en"}
+
+
 async def test_start_and_end_say_what_the_caller_knows(
     bridge: AgentWebSocketBridge, client: Client
 ) -> None:
