@@ -87,7 +87,8 @@ class Accepting:
     async def submit(self, request: SubmitRequest) -> Submitted:
         """Accept a request, or refuse it without any effect.
 
-        Calling again with the same message id gives the same run.
+        Calling again with the same message id gives the same run, and interrupts what the first
+        call was to interrupt.
 
         Raises:
             RequestRefused: ``unknown_agent``, ``rate_limited``, ``thread_busy``; ``run_ended``:
@@ -140,10 +141,12 @@ class Accepting:
                 for other in interrupted:
                     await self._interrupt(request.user_id, other)
                 return Submitted(run_id, duplicate=False, status="queued")
-            case ["duplicate", status]:
+            case ["duplicate", status, *interrupted]:
+                # The first submit may have died before its hints; a second one is harmless.
                 if status == "queued":
-                    # The first submit may have died before its hint; a second one is harmless.
                     await dispatch(self._link, self._keys, task)
+                for other in interrupted:
+                    await self._interrupt(request.user_id, other)
                 return Submitted(run_id, duplicate=True, status=status)
             case ["thread_busy", active]:
                 raise RequestRefused("thread_busy", f"The thread's run {active} is still active.")

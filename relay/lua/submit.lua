@@ -7,16 +7,28 @@
 --       15 the run that asks for this one, or ''  16 the fence of its attempt
 --
 -- Gives {'ok', 'dispatch' | 'wait', epoch, offset, ids of the runs to interrupt …}
---       {'duplicate', status} | {'thread_busy', run id} | {'rate_limited', 'active' | 'queued'}
+--       {'duplicate', status, ids of the runs to interrupt …}  those that the first submit was to
+--         interrupt, as long as this run waits for them: it may have been cut short
+--       {'thread_busy', run id} | {'rate_limited', 'active' | 'queued'}
 --       {'parent_gone'}  the run that asks has ended, is to stop, or is in another attempt
 
 local run_id, agent, thread, policy = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 local parent, parent_fence = ARGV[15], ARGV[16]
 
 local channel = open_channel()
-local known = call('HGET', RUN, 'status')
-if known then
-  return {'duplicate', known}
+local known = call('HMGET', RUN, 'status', 'lane', 'policy')
+if known[1] then
+  local reply = {'duplicate', known[1]}
+  -- Runs of before there was this field have the policy of the agent as it is now.
+  if known[1] == 'queued' and (known[3] or policy) == 'interrupt' then
+    for name in string.gmatch(runs_in_lane(known[2]) or '', '%S+') do
+      if name == run_id then
+        return reply
+      end
+      reply[#reply + 1] = name
+    end
+  end
+  return {'duplicate', known[1]}
 end
 local siblings = nil
 if parent ~= '' then
@@ -50,7 +62,7 @@ end
 
 local batch = new_batch()
 local offset = append(channel, batch, KIND_EVENT, 1, run_id, ARGV[11], ARGV[12], false)
-call('HSET', RUN, 'run_id', run_id, 'agent', agent, 'thread', thread, 'lane', lane,
+call('HSET', RUN, 'run_id', run_id, 'agent', agent, 'thread', thread, 'lane', lane, 'policy', policy,
   'status', 'queued', 'attempt', '0', 'fence', '', 'seq', '1', 'batch', '0', 'request', ARGV[10],
   'open_tools', '{}', 'open_inputs', '{}', 'first_offset', int(offset),
   'created_ms', int(NOW), 'updated_ms', int(NOW))

@@ -8,20 +8,31 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
+from relay.accepting import Accepting
+from relay.cancelling import Cancelling
 from relay.codec import decode_task
-from relay.errors import RequestRefused
+from relay.deadlines import Deadlines
+from relay.errors import RedisUnavailable, RequestRefused
 from relay.events import EventType
-from relay.run_model import Claim, NotClaimed, RunLimits, SubmitRequest
+from relay.run_model import (
+    CancelOutcome,
+    Claim,
+    NotClaimed,
+    RunLimits,
+    SubmitRequest,
+    derive_run_id,
+)
 from relay.tasks import TASK_FIELD
 from tests.integration.script_support import Channel, types
 
 pytestmark = pytest.mark.every_redis
 
+LIMITS = RunLimits(max_active=3, max_queued=3)
+
 
 @pytest_asyncio.fixture
 async def channel(redis_url: str, key_prefix: str) -> AsyncIterator[Channel]:
-    limits = RunLimits(max_active=3, max_queued=2)
-    async with Channel(redis_url, key_prefix, run_limits=limits) as channel:
+    async with Channel(redis_url, key_prefix, run_limits=LIMITS) as channel:
         yield channel
 
 
@@ -67,14 +78,14 @@ async def test_quotas_refuse_with_guidance_and_no_effect(channel: Channel) -> No
         await channel.submit(thread_id=thread)
     with pytest.raises(RequestRefused) as active:
         await channel.submit(thread_id="d")
-    for _ in range(2):
+    for _ in range(3):
         await channel.submit(thread_id="a")
     with pytest.raises(RequestRefused) as queued:
         await channel.submit(thread_id="b")
     for caught in (active, queued):
         assert caught.value.code == "rate_limited"
         assert caught.value.retryable
-    assert (await channel.read()).offset == 5
+    assert (await channel.read()).offset == 6
 
 
 async def test_an_unknown_agent_is_refused_by_name(channel: Channel) -> None:
@@ -109,6 +120,72 @@ async def test_interrupt_cancels_what_is_ahead(channel: Channel) -> None:
     assert answer[5]
     ended = await run.end(EventType.AGENT_CANCELLED)
     assert ended[6].decode() == newest.run_id
+
+
+class CutShort(Cancelling):
+    """What a submit finds where Redis goes away after its script."""
+
+    async def cancel(
+        self, user_id: str, run_id: str, *, by: str, reason: str | None
+    ) -> CancelOutcome:
+        raise RedisUnavailable("gone for a moment")
+
+
+async def submit_cut_short(channel: Channel, message_id: str) -> None:
+    """Submit a request in the thread ``t``, and end before anything is interrupted."""
+    link, keys, deadlines = (
+        channel.link,
+        channel.all_keys,
+        Deadlines(channel.link, channel.all_keys),
+    )
+    cancelling = CutShort(link, keys, deadlines, 1_000)
+    accepting = Accepting(link, keys, LIMITS, deadlines, cancelling)
+    request = SubmitRequest(channel.user_id, "t", "docs", "hi", message_id, policy="interrupt")
+    with pytest.raises(RedisUnavailable):
+        await accepting.submit(request)
+
+
+async def is_cancelled(channel: Channel, run_id: str) -> bool:
+    detail = await channel.registry.get(channel.user_id, run_id)
+    assert detail is not None
+    return detail.summary.cancel_requested
+
+
+async def test_a_submit_that_was_cut_short_interrupts_when_it_is_repeated(channel: Channel) -> None:
+    run = await channel.started(thread_id="t")
+    waiting = await channel.submit(thread_id="t")
+    await submit_cut_short(channel, "m")
+    later = await channel.submit(thread_id="t")
+    assert not await is_cancelled(channel, run.run_id)
+    # Its agent's policy may have changed since: what counts is the one that it was accepted with.
+    again = await channel.submit("m", thread_id="t")
+    assert (again.duplicate, again.status) == (True, "queued")
+    for run_id, is_interrupted in [
+        (run.run_id, True),
+        (waiting.run_id, True),
+        (again.run_id, False),
+        (later.run_id, False),
+    ]:
+        assert await is_cancelled(channel, run_id) == is_interrupted
+
+
+async def test_a_repeated_submit_interrupts_nobody_whom_the_first_would_not(
+    channel: Channel,
+) -> None:
+    run = await channel.started(thread_id="t")
+    await channel.submit("m", thread_id="t")
+    await channel.submit("m", thread_id="t", policy="interrupt")
+    assert not await is_cancelled(channel, run.run_id)
+    # A process before this one kept no policy: that of the repeated request is the best guess.
+    run_id = derive_run_id(channel.user_id, "m")
+    await channel.client.hdel(channel.keys.run(run_id), "policy")
+    await channel.submit("m", thread_id="t", policy="interrupt")
+    assert await is_cancelled(channel, run.run_id)
+    await run.end(EventType.AGENT_CANCELLED)
+    await channel.claim(run_id)
+    again = await channel.submit("m", thread_id="t", policy="interrupt")
+    assert again.status == "running"
+    assert not await is_cancelled(channel, run_id)
 
 
 async def test_one_of_many_claims_wins(channel: Channel) -> None:
