@@ -17,7 +17,7 @@ from agent_worker.endings import REFUSED, UNFINISHED, Ending
 from agent_worker.outlet import Outlet
 from agent_worker.run import Run
 from agent_worker.stops import CancelAsked, StopCause, WorkerStops
-from agent_worker.tool import is_cancellation
+from agent_worker.tool import foreseen_in, is_cancellation
 from relay.amending import new_support_id
 from relay.errors import AgentError, PublishRefused, RelayError
 from relay.events import EventType
@@ -120,16 +120,23 @@ class BridgedRun(Run):
     async def fail(self, error: BaseException) -> None:
         """End the run with an error.
 
-        The user sees the text of an ``AgentError``; of any other exception a general sentence, and
-        its text goes to the log under the support id.
+        The user sees the text of an ``AgentError``, also of one in an exception group; of any other
+        exception a general sentence, and its text goes to the log under the support id.
 
         Raises:
             PublishRefused: The run was ended or taken over elsewhere.
         """
         support_id = new_support_id()
-        if isinstance(error, AgentError):
-            self._log.info("agent_error", code=error.code, support_id=support_id)
-            await self._end(endings.failed(error, support_id))
+        foreseen = foreseen_in(error)
+        if foreseen is not None:
+            self._log.info(
+                "agent_error",
+                code=foreseen.code,
+                support_id=support_id,
+                # A task group's other errors are nowhere else.
+                exc_info=None if error is foreseen else error,
+            )
+            await self._end(endings.failed(foreseen, support_id))
         else:
             self._log.error("agent_failed", support_id=support_id, exc_info=error)
             await self._end(endings.failed_unexpectedly(support_id))

@@ -20,6 +20,7 @@ from agent_worker.outlet import Outlet
 from agent_worker.run import Run, RunInfo
 from agent_worker.stops import CancelAsked, StopCause, TimedOut, WorkerStops, read_cancel_flag
 from agent_worker.sync_run import call_in_thread
+from agent_worker.tool import foreseen_in
 from relay.amending import new_support_id
 from relay.errors import (
     AgentError,
@@ -233,23 +234,25 @@ class RunExecution:
         if error is None:
             return endings.completed(task.result(), stream.text, self._duration_ms())
         support_id = new_support_id()
-        is_foreseen = isinstance(error, AgentError)
-        if self._may_retry(attempt) and _is_worth_retrying(error):
+        foreseen = foreseen_in(error)
+        # The traceback of what nobody foresaw, also where a task group joined it with what was.
+        exc_info = None if error is foreseen else error
+        if self._may_retry(attempt) and _is_worth_retrying(foreseen):
             if stream.cancel_requested is not None:
                 flag = read_cancel_flag(stream.cancel_requested)
                 return endings.cancelled(flag.by, flag.reason, self._duration_ms())
-            retry = _retry_after(error, attempt)
+            retry = _retry_after(foreseen, attempt)
             log.warning(
                 "attempt_failed",
                 support_id=support_id,
                 delay_ms=retry.delay_ms,
-                reason=str(error) if is_foreseen else None,
-                exc_info=None if is_foreseen else error,
+                reason=None if foreseen is None else str(foreseen),
+                exc_info=exc_info,
             )
             return retry
-        if isinstance(error, AgentError):
-            log.info("agent_error", code=error.code, support_id=support_id)
-            return endings.failed(error, support_id)
+        if foreseen is not None:
+            log.info("agent_error", code=foreseen.code, support_id=support_id, exc_info=exc_info)
+            return endings.failed(foreseen, support_id)
         log.error("agent_failed", support_id=support_id, exc_info=error)
         return endings.failed_unexpectedly(support_id)
 
@@ -290,16 +293,16 @@ class UnaskedCancellation(Exception):
     """The agent raised ``CancelledError`` although nobody had cancelled its run."""
 
 
-def _is_worth_retrying(error: BaseException) -> bool:
+def _is_worth_retrying(error: AgentError | None) -> bool:
     """Whether another attempt may go better: not where the agent, or the user, said no."""
     if isinstance(error, InputNotAnswered):
         return False
-    return not isinstance(error, AgentError) or error.is_recoverable
+    return error is None or error.is_recoverable
 
 
-def _retry_after(error: BaseException, attempt: int) -> Retry:
+def _retry_after(error: AgentError | None, attempt: int) -> Retry:
     delay_ms = retry_delay_ms(attempt)
-    if not isinstance(error, AgentError):
+    if error is None:
         return Retry("agent_failed", delay_ms)
     asked_ms = error.retry_after_ms
     if isinstance(asked_ms, int):

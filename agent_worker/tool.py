@@ -133,10 +133,10 @@ class Tool:
         try:
             if is_cancellation(error):
                 await self._complete("cancelled")
-            elif isinstance(error, AgentError):
-                await self._complete("error", error=error.error_message)
             else:
-                await self._complete("error", error=TOOL_FAILED)
+                foreseen = foreseen_in(error)
+                text = TOOL_FAILED if foreseen is None else foreseen.error_message
+                await self._complete("error", error=text)
         except RelayError as refusal:
             # What ended the block must reach the author, not that it could not be told.
             _log.debug(
@@ -171,3 +171,10 @@ def is_cancellation(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
         return all(is_cancellation(part) for part in error.exceptions)
     return isinstance(error, asyncio.CancelledError)
+
+
+def foreseen_in(error: BaseException) -> AgentError | None:
+    """Give the error that its author foresaw: this one, or the first in an exception group."""
+    if isinstance(error, BaseExceptionGroup):
+        return next(filter(None, map(foreseen_in, error.exceptions)), None)
+    return error if isinstance(error, AgentError) else None

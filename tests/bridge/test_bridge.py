@@ -446,6 +446,19 @@ async def test_block_that_is_closed_where_it_may_not_wait_ends_its_run(
     await eventually(partial(nothing_is_open, bridge))
 
 
+async def test_error_in_a_task_group_ends_the_run_with_its_text(
+    bridge: AgentWebSocketBridge, client: Client
+) -> None:
+    async def refuse() -> None:
+        raise AgentError("rate_limited", "Later.", retry_after_ms=5)
+
+    with pytest.raises(ExceptionGroup):
+        async with bridge.run(**opening()) as run, asyncio.TaskGroup() as group:
+            group.create_task(refuse())
+    error = (await client.ended(run.run_id)).as_json()["error"]
+    assert (error["code"], error["error_message"]) == ("rate_limited", "Later.")
+
+
 async def test_interrupted_block_ends_its_run(bridge: AgentWebSocketBridge, client: Client) -> None:
     with pytest.raises(KeyboardInterrupt):
         async with bridge.run(**opening()) as run:

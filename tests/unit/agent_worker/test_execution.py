@@ -466,6 +466,61 @@ async def test_errors_that_no_other_attempt_would_cure_end_the_run(error: AgentE
     assert attempt.last[1]["error_message"] == error.error_message
 
 
+async def fail_in_groups(*errors: Exception) -> None:
+    async def fail_with(error: Exception) -> None:
+        raise error
+
+    async def fail_within() -> None:
+        async with asyncio.TaskGroup() as inner:
+            for error in errors:
+                inner.create_task(fail_with(error))
+
+    async with asyncio.TaskGroup() as outer:
+        outer.create_task(fail_within())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [AgentError("invalid_request", "No."), InputDenied("req_1"), InputExpired("req_1")],
+)
+async def test_error_in_a_task_group_counts_as_if_it_were_alone(error: AgentError) -> None:
+    async def agent(run: Run) -> None:
+        async with run.tool("both"):
+            await fail_in_groups(ValueError(SECRET), error)
+
+    attempt = Attempt(agent, max_attempts=3)
+    with structlog.testing.capture_logs() as logs:
+        assert await attempt.carry_out() == "error"
+    assert attempt.last[1]["error_message"] == error.error_message
+    assert attempt.last[1]["code"] == error.code
+    [tool] = attempt.stream.of_type(EventType.TOOL_COMPLETED)
+    assert (tool["status"], tool["error"]) == ("error", error.error_message)
+    # What failed beside it is not lost.
+    [line] = [line for line in logs if line["event"] == "agent_error"]
+    assert isinstance(line["exc_info"], ExceptionGroup)
+
+
+async def test_recoverable_error_in_a_task_group_is_retried_when_it_says() -> None:
+    async def agent(run: Run) -> None:
+        await fail_in_groups(AgentError("rate_limited", "Ten a minute.", retry_after_ms=90_000))
+
+    attempt = await carry_out(agent, max_attempts=3)
+    assert attempt.last[1] == {
+        "attempt": 2,
+        "reason": "rate_limited",
+        "delay_ms": 90_000,
+        "message": "Ten a minute.",
+    }
+
+
+async def test_task_group_of_unforeseen_errors_is_one() -> None:
+    async def agent(run: Run) -> None:
+        await fail_in_groups(ValueError(SECRET), LookupError(SECRET))
+
+    attempt = await carry_out(agent)
+    assert attempt.last[1]["error_message"] == AGENT_ERRORS["agent_failed"].message
+
+
 async def test_cancellation_wins_over_another_attempt() -> None:
     attempt = Attempt(failing, max_attempts=2)
     attempt.stream.cancel_requested = b'{"by":"user"}'
