@@ -36,6 +36,7 @@ class Children:
         self._errands = errands
         self._count = 0
         self._running: set[str] = set()
+        self._waiting = 0
         self._calls: set[asyncio.Task[Any]] = set()
         self._is_closed = False
 
@@ -57,7 +58,7 @@ class Children:
         run_id = derive_run_id(self._user_id, message_id)
         # Before it is submitted: after a cancellation in between nobody knows whether it was.
         self._running.add(run_id)
-        self._errands.wait_begins()
+        self._wait_begins()
         try:
             await self._errands.start_child(agent, content, dict(metadata or {}), message_id)
             detail = await self._end_of(run_id)
@@ -73,9 +74,21 @@ class Children:
                 await self._stop(run_id)
             raise
         finally:
-            self._errands.wait_ends()
+            self._wait_ends()
         self._running.discard(run_id)
         return _result_of(agent, detail)
+
+    # A run has one place to lend, for however many runs it waits (ADR 0007).
+
+    def _wait_begins(self) -> None:
+        self._waiting += 1
+        if self._waiting == 1:
+            self._errands.wait_begins()
+
+    def _wait_ends(self) -> None:
+        self._waiting -= 1
+        if self._waiting == 0:
+            self._errands.wait_ends()
 
     async def stop_all(self) -> None:
         """Stop what is still at work: nothing outlives the attempt that asked for it.

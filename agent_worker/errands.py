@@ -41,7 +41,7 @@ class Errands(Protocol):
         """Ask a run below this one to stop; one that has ended is left alone."""
 
     def wait_begins(self) -> None:
-        """Note that a part of this run does nothing but wait for a run below it."""
+        """Note that this run waits for runs below it, at least with a part of it."""
 
     def wait_ends(self) -> None:
         """Note that this wait is over."""

@@ -104,6 +104,30 @@ async def test_results_come_back_and_clients_see_whose_runs_they_are(
         assert listed == {run_id: None, below[0]: run_id, below[1]: run_id}
 
 
+async def test_run_that_waits_for_many_lends_its_own_place_only(
+    redis_url: str, key_prefix: str
+) -> None:
+    settings = worker_settings(redis_url, key_prefix, worker_concurrency=2)
+    worker, at_work, most = Worker(), 0, 0
+
+    @worker.agent("wide")
+    async def wide(run: Run) -> None:
+        await asyncio.gather(*(run.call_agent("narrow", str(n)) for n in range(8)))
+
+    @worker.agent("narrow")
+    async def narrow(run: Run) -> None:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        await asyncio.sleep(0.02)
+        at_work -= 1
+
+    async with Client(settings) as client, worker.running(settings):
+        run_id = await client.submit("wide")
+        assert (await client.ended(run_id)).summary.status == "completed"
+    assert most == 2
+
+
 async def test_error_below_can_be_handled_above(settings: Settings) -> None:
     async with Client(settings) as client, nested_worker().running(settings):
         run_id = await client.submit("plain-lead")

@@ -68,6 +68,20 @@ async def test_cancellation_stops_what_was_asked_for() -> None:
     assert errands.waiting == 0
 
 
+async def test_run_that_waits_for_several_runs_lends_one_place() -> None:
+    errands = RecordingErrands()
+    errands.child = ended("running")
+    children = below(errands)
+    calls = [asyncio.create_task(children.call("other", "x", None)) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    assert (len(errands.started), errands.waiting) == (3, 1)
+    for left, call in zip([1, 1, 0], calls, strict=True):
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert errands.waiting == left
+
+
 async def test_what_the_attempt_leaves_behind_is_stopped() -> None:
     errands = RecordingErrands()
     errands.child = ended("running")
