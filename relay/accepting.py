@@ -157,7 +157,7 @@ class Accepting:
             case ["rate_limited", _]:
                 raise RequestRefused(
                     "rate_limited",
-                    f"You already have {self._limits.max_queued} queued runs.",
+                    f"No more than {self._limits.max_queued} of your runs may wait for others.",
                     retry_after_ms=1_000,
                 )
         raise DecodingFailed(f"submit answered {reply!r}")

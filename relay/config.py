@@ -196,7 +196,11 @@ class Settings(BaseSettings):
         10, 1, 10_000, "Runs that one user may have at work at once; more are queued."
     )
     max_queued_runs_per_user: int = _whole(
-        100, 0, 100_000, "Runs that one user may have waiting; more are refused."
+        100,
+        0,
+        100_000,
+        "Runs that one user may have waiting, besides one in each thread that interrupts what "
+        "is ahead of it; more are refused.",
     )
     heartbeat_ms: int = _whole(15_000, 100, 300_000, "Time between heartbeats on a connection.")
     max_frame_bytes: int = _whole(65_536, 1_024, 16 * _MIB, "Largest frame taken from a client.")

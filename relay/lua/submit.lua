@@ -12,6 +12,13 @@
 --       {'thread_busy', run id} | {'rate_limited', 'active' | 'queued'}
 --       {'parent_gone'}  the run that asks has ended, is to stop, or is in another attempt
 
+local MOST_INTERRUPTING = 8
+
+local function count_behind_first(lane_runs)
+  local _, spaces = string.gsub(lane_runs, ' ', ' ')
+  return spaces
+end
+
 local run_id, agent, thread, policy = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 local parent, parent_fence = ARGV[15], ARGV[16]
 
@@ -47,13 +54,23 @@ if ahead then
   if policy == 'reject' then
     return {'thread_busy', string.match(ahead, '%S+')}
   end
-  -- Each lane's first run is active, all behind it are queued.
-  local queued = 0
-  for _, list in ipairs(call('HVALS', THREADS)) do
-    local _, spaces = string.gsub(list, ' ', ' ')
-    queued = queued + spaces
+  -- Each lane's first run is active, all behind it are queued. One that interrupts needs no place
+  -- in the queue: it waits for what it stops, and all others between the two end at once.
+  local queued, most = 0, tonumber(ARGV[14])
+  if policy == 'interrupt' then
+    -- Several wait behind each other only as long as nobody has ended them, which each submit does
+    -- after this script. Where that does not happen, there still is a bound.
+    queued, most = count_behind_first(ahead), most + MOST_INTERRUPTING
+  else
+    for _, list in ipairs(call('HVALS', THREADS)) do
+      local second = string.match(list, '^%S+ (%S+)')
+      if second then
+        local is_free = call('HGET', BASE .. 'run:' .. second, 'policy') == 'interrupt'
+        queued = queued + count_behind_first(list) - (is_free and 1 or 0)
+      end
+    end
   end
-  if queued >= tonumber(ARGV[14]) then
+  if queued >= most then
     return {'rate_limited', 'queued'}
   end
 elseif count_lanes(tonumber(ARGV[13])) >= tonumber(ARGV[13]) then

@@ -188,6 +188,66 @@ async def test_a_repeated_submit_interrupts_nobody_whom_the_first_would_not(
     assert not await is_cancelled(channel, run_id)
 
 
+async def test_an_interrupting_run_needs_no_place_in_the_queue(
+    redis_url: str, key_prefix: str
+) -> None:
+    limits = RunLimits(max_active=3, max_queued=0)
+    async with Channel(redis_url, key_prefix, run_limits=limits) as channel:
+        run = await channel.started(thread_id="t")
+        second = await channel.submit(thread_id="t", policy="interrupt")
+        assert await is_cancelled(channel, run.run_id)
+        # Before the first one has stopped: the second ends at once, and the third has its turn.
+        third = await channel.submit(thread_id="t", policy="interrupt")
+        assert await is_cancelled(channel, second.run_id)
+        with pytest.raises(RequestRefused, match="rate_limited"):
+            await channel.submit(thread_id="t")
+        ended = await run.end(EventType.AGENT_CANCELLED)
+        assert ended[6].decode() == third.run_id
+        await channel.claim(third.run_id)
+
+
+async def test_of_interrupting_requests_at_the_same_instant_the_last_one_waits(
+    redis_url: str, key_prefix: str
+) -> None:
+    limits = RunLimits(max_active=3, max_queued=0)
+    async with Channel(redis_url, key_prefix, run_limits=limits) as channel:
+        run = await channel.started(thread_id="t")
+        accepted = await asyncio.gather(
+            *[channel.submit(thread_id="t", policy="interrupt") for _ in range(4)]
+        )
+        left = [one.run_id for one in accepted if not await is_cancelled(channel, one.run_id)]
+        ended = await run.end(EventType.AGENT_CANCELLED)
+        assert [ended[6].decode()] == left
+
+
+async def test_an_interrupting_run_takes_no_place_of_those_that_wait(channel: Channel) -> None:
+    await channel.started(thread_id="t")
+    await channel.submit(thread_id="t", policy="interrupt")
+    await channel.started(thread_id="u")
+    queued = [await channel.submit(thread_id=thread) for thread in "tuu"]
+    for thread in "tu":
+        with pytest.raises(RequestRefused, match="rate_limited"):
+            await channel.submit(thread_id=thread)
+    # The queue is full, but those in its way end.
+    newest = await channel.submit(thread_id="t", policy="interrupt")
+    assert await is_cancelled(channel, queued[0].run_id)
+    assert not await is_cancelled(channel, newest.run_id)
+    await channel.submit(thread_id="u")
+
+
+async def test_interrupting_runs_that_interrupt_nobody_do_not_pile_up(channel: Channel) -> None:
+    run = await channel.started(thread_id="t")
+    most = LIMITS.max_queued + 8
+    for number in range(most):
+        await submit_cut_short(channel, f"m{number}")
+    with pytest.raises(RequestRefused, match="rate_limited"):
+        await channel.submit(thread_id="t", policy="interrupt")
+    assert not await is_cancelled(channel, run.run_id)
+    await channel.submit(f"m{most - 1}", thread_id="t")
+    await channel.submit(thread_id="t", policy="interrupt")
+    assert await is_cancelled(channel, run.run_id)
+
+
 async def test_one_of_many_claims_wins(channel: Channel) -> None:
     submitted = await channel.submit()
     outcomes = await asyncio.gather(
