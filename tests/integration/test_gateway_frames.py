@@ -192,5 +192,8 @@ async def test_question_is_answered_by_its_user_once(gateway: Gateway) -> None:
         resolved = [frame for frame in alice.frames if frame["type"] == "input_resolved"]
         data = (resolved[0] if resolved else await alice.until("input_resolved"))["data"]
         assert (data["outcome"], data["value"]) == ("answered", "blue")
+        # As a client does whose connection was lost before the ack came.
+        again = await alice.ask(**answer, value="blue")
+        assert again == {**accepted, "id": again["id"]}
         assert (await alice.ask(**answer, denied=True))["code"] == "unknown_request"
         assert not bob.events

@@ -110,6 +110,7 @@ async def test_question_is_answered_over_http(gateway: Gateway, work: Work) -> N
         check_problem(await client.post(address, json={}), 422, "invalid_frame")
         answer = await client.post(address, json={"denied": True})
         assert (answer.status_code, answer.json()) == (202, {"run_id": run_id, "request_id": "q1"})
+        assert (await client.post(address, json={"denied": True})).status_code == 202
         check_problem(await client.post(address, json={"value": "x"}), 409, "unknown_request")
 
 
