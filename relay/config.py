@@ -49,6 +49,10 @@ _KEY_PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _DAY_S = 86_400
 _MIB = 1_048_576
 
+SMALLEST_FRAME_LIMIT = 16_384
+"""A connection could not outlive its token if the longest token that opens one (``MAX_TOKEN_CHARS``
+of ``relay.tokens``) did not fit in a ``refresh_token`` frame."""
+
 
 def _whole(default: int, low: int, high: int, description: str, allowed: str | None = None) -> Any:
     return Field(
@@ -203,7 +207,9 @@ class Settings(BaseSettings):
         "is ahead of it; more are refused.",
     )
     heartbeat_ms: int = _whole(15_000, 100, 300_000, "Time between heartbeats on a connection.")
-    max_frame_bytes: int = _whole(65_536, 1_024, 16 * _MIB, "Largest frame taken from a client.")
+    max_frame_bytes: int = _whole(
+        65_536, SMALLEST_FRAME_LIMIT, 16 * _MIB, "Largest frame taken from a client."
+    )
     max_content_chars: int = _whole(32_768, 1, 4 * _MIB, "Longest content of a user's message.")
     frames_per_second: int = _whole(20, 1, 10_000, "Frames taken from one client in a second.")
     delta_merge_ms: int = _whole(

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import jwt
 import pytest
 from websockets.frames import Frame, Opcode
 
 from gateway.app import Gateway, running_gateway
+from relay.config import SMALLEST_FRAME_LIMIT
 from relay.errors import CloseCode
-from tests.integration.gateway_support import Work, gateway_settings, tab
+from relay.tokens import MAX_TOKEN_CHARS
+from tests.integration.gateway_support import SECRET, Work, gateway_settings, tab, token
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-MAX_FRAME = 4_096
+MAX_FRAME = SMALLEST_FRAME_LIMIT
 
 
 @pytest.fixture
@@ -66,6 +69,17 @@ async def test_limits_are_told_and_the_next_request_works(
         assert answer["type"] == "ack"
         assert answer["run_id"].startswith("run_")
         assert answer["duplicate"] is False
+
+
+async def test_token_of_the_greatest_length_can_be_refreshed(gateway: Gateway) -> None:
+    claims = jwt.decode(token(), SECRET, algorithms=["HS256"])
+    # Three bytes of a claim are four characters.
+    claims["groups"] = "x" * ((MAX_TOKEN_CHARS - len(token())) // 4 * 3 - 30)
+    long = jwt.encode(claims, SECRET, algorithm="HS256")
+    assert MAX_TOKEN_CHARS - 60 < len(long) <= MAX_TOKEN_CHARS
+    async with tab(gateway) as opened:
+        answer = await opened.ask(type="refresh_token", token=long)
+        assert answer["type"] == "ack", answer
 
 
 async def test_binary_frame_is_answered(gateway: Gateway) -> None:

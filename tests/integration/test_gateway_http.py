@@ -26,7 +26,7 @@ from tests.integration.gateway_support import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-MAX_BODY = 4_096
+MAX_BODY = 16_384
 
 
 @pytest.fixture

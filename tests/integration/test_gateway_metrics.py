@@ -28,7 +28,7 @@ from tests.integration.gateway_support import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-MAX_FRAME = 4_096
+MAX_FRAME = 16_384
 
 
 @pytest.fixture

@@ -24,7 +24,9 @@ from gateway.session import (
     Submit,
     VerifyToken,
 )
+from relay.config import SMALLEST_FRAME_LIMIT
 from relay.errors import CloseCode
+from relay.tokens import MAX_TOKEN_CHARS
 
 LIMITS = SessionLimits(max_frame_bytes=2_000, max_content_chars=100, frames_per_second=20)
 NOW = 1_800_000_000_000
@@ -52,6 +54,16 @@ def error_of(effects: list[Effect]) -> dict[str, Any]:
 
 
 # --- What is understood ---
+
+
+def test_any_token_can_be_refreshed_however_small_frames_must_be() -> None:
+    limits = SessionLimits(SMALLEST_FRAME_LIMIT, max_content_chars=100, frames_per_second=20)
+    session = Session("alice", EXPIRY, limits, NOW)
+    # What clients in other languages may write as escapes, twelve bytes each.
+    frame = {"type": "refresh_token", "id": "\U0001f511" * 128, "token": "x" * MAX_TOKEN_CHARS}
+    assert session.receive_text(json.dumps(frame), NOW) == [
+        VerifyToken(frame["id"], frame["token"])
+    ]
 
 
 def test_user_message_is_submitted_with_its_defaults(session: Session) -> None:

@@ -17,7 +17,7 @@ BUFFERS = "normal 0 0 0 slave 268435456 67108864 60 pubsub {}"
 def test_every_problem_has_a_remedy() -> None:
     findings = [
         checks.check_token_keys(settings(), has_local_secret=False),
-        checks.check_limits(settings(max_content_chars=5_000, max_frame_bytes=2_000)),
+        checks.check_limits(settings(max_content_chars=20_000, max_frame_bytes=16_384)),
         checks.check_persistence({}, {}),
         checks.check_persistence({"appendonly": "yes"}, {"aof_last_write_status": "err"}),
         *checks.check_memory({"maxmemory-policy": "allkeys-lru", "maxmemory": "9"}, {}),
