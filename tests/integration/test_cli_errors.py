@@ -30,7 +30,11 @@ SECRET = "s" * 32
         (["send", "hi"], {"RELAY_JWT_SECRET": SECRET}, "--user"),
         (["send", "hi", "--user", "x" * 300], {"RELAY_JWT_SECRET": SECRET}, "is not allowed"),
         (["tail", "--user", "alice"], {}, "There is no secret"),
-        (["send", "hi", "--user", "a", "--url", "ftp://h"], {}, "is not the address of a relay"),
+        (
+            ["send", "hi", "--user", "a", "--url", "ftp://h"],
+            {"RELAY_JWT_SECRET": SECRET},
+            "is not the address of a relay",
+        ),
         (["up", "--redis-url", "amqp://h"], {}, "RELAY_REDIS_URL='amqp://h' is not allowed"),
     ],
 )

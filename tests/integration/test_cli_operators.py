@@ -264,9 +264,16 @@ def test_runs_are_listed_and_cancelled(up: RelayUp) -> None:
         assert (cancelled.returncode, cancelled.stdout) == (0, "cancel_requested\n")
         waiting.communicate(timeout=DEADLINE_S)
         assert waiting.returncode == 130
+    # What the caller wanted is so: no error.
     again = run_relay("cancel", "--user", "hal", "--run", run["run_id"], folder=up.folder)
-    assert again.returncode == 1
-    assert "already ended" in again.stderr
+    assert (again.returncode, again.stdout) == (0, "cancelled\n")
+    assert (
+        run_relay("send", "x", "--user", "kim", "--agent", "echo", folder=up.folder).returncode == 0
+    )
+    [done] = runs_of(up, "kim")
+    late = run_relay("cancel", "--user", "kim", "--run", done["run_id"], folder=up.folder)
+    assert late.returncode == 1
+    assert "already ended" in late.stderr
     other = run_relay("cancel", "--user", "ida", "--run", run["run_id"], folder=up.folder)
     assert "no run with this id" in other.stderr
 
