@@ -407,8 +407,10 @@ class RedisLink:
                 info = await self.client.info("server")
         except RedisUnavailable as error:
             reason = str(error).rstrip(".")
-            # Nobody says more than this where one side speaks TLS and the other does not.
-            hint = hint_at_tls(self.url) if "reset" in reason or "Timeout" in reason else ""
+            # Nobody says more than this where one side speaks TLS and the other does not; which of
+            # them depends on who was faster.
+            is_mute = any(word in reason for word in ("reset", "lost", "closed", "Timeout"))
+            hint = hint_at_tls(self.url) if is_mute else ""
             raise RedisUnavailable(
                 f"{reason}. Start it, or correct RELAY_REDIS_URL.{hint}"
             ) from error
