@@ -58,4 +58,6 @@ def obey_cancellation(pool: ConnectionPool) -> None:
     """
     if sys.version_info < (3, 12):
         kind: type[Any] = pool.connection_class
-        pool.connection_class = type(kind.__name__, (CancellableSends, kind), {})
+        # Under the library's name: a pool keeps some, as it always did, and they are its own.
+        names = {"__module__": kind.__module__}
+        pool.connection_class = type(kind.__name__, (CancellableSends, kind), names)
