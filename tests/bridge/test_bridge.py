@@ -420,17 +420,18 @@ async def test_generator_that_nobody_keeps_ends_its_run(
     assert (await client.ended(run_ids[0])).as_json()["error"]["code"] == "worker_lost"
 
 
+async def waiting_in(run: BridgedRun) -> None:
+    async with run:
+        await asyncio.Event().wait()
+
+
 @pytest.mark.parametrize("cancelled_by", [None, "user"])
 async def test_block_that_is_closed_where_it_may_not_wait_ends_its_run(
     bridge: AgentWebSocketBridge, client: Client, cancelled_by: str | None
 ) -> None:
     run = await bridge.open(**opening())
 
-    async def block() -> None:
-        async with run:
-            await asyncio.Event().wait()
-
-    coroutine = block()
+    coroutine = waiting_in(run)
     coroutine.send(None)
     if cancelled_by is not None:
         run.request_stop(CancelAsked(cancelled_by))
@@ -471,11 +472,7 @@ async def test_lease_of_a_block_left_early_is_let_go_at_once(
 ) -> None:
     run = await bridge.open(**opening())
 
-    async def block() -> None:
-        async with run:
-            await asyncio.Event().wait()
-
-    coroutine = block()
+    coroutine = waiting_in(run)
     coroutine.send(None)
     assert len(bridge._leases._leases) == 1
     coroutine.close()

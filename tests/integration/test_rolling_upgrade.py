@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 import structlog
 
-from agent_worker import Run, Worker, dispatcher
+from agent_worker import dispatcher
 from gateway.app import Gateway, running_gateway
 from relay.codec import Task, decode_live, decode_task, encode_task
 from relay.columns import Columns
@@ -31,7 +31,7 @@ from tests.integration.gateway_support import (
     refusal,
     tab,
 )
-from tests.integration.worker_support import Client, worker_settings
+from tests.integration.worker_support import Client, echo_worker, worker_settings
 
 STARTED = b'{"type":"agent_started","run_id":"r","attempt":1,"later":[1],"data":{"newer":true}}'
 UNKNOWN = b'{"type":"later_type","run_id":"r","data":{}}'
@@ -165,16 +165,6 @@ def test_fields_that_a_newer_writer_adds_to_a_task_are_kept() -> None:
 def newer_task(run_id: str) -> bytes:
     packed: bytes = msgpack.packb({"v": 2, "who": "alice", "run": run_id, "agent": "echo"})
     return packed
-
-
-def echo_worker() -> Worker:
-    worker = Worker()
-
-    @worker.agent("echo")
-    async def echo(run: Run) -> str:
-        return run.request.content
-
-    return worker
 
 
 async def test_tasks_of_a_newer_version_are_left_to_newer_workers(

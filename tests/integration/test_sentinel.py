@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import pytest
 import redis.asyncio
 
-from agent_worker import Run, Worker
 from agent_worker.bridge import AgentWebSocketBridge, BridgeState
 from gateway.app import running_gateway
 from relay.errors import RedisUnavailable
@@ -18,7 +17,7 @@ from relay.lifeline import Lifeline
 from relay.scripts import RedisLink
 from relay.testing.redis_server import RedisServer, find_redis_server, free_port
 from tests.integration.gateway_support import SECRET, eventually, tab
-from tests.integration.worker_support import Client
+from tests.integration.worker_support import Client, echo_worker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -134,16 +133,6 @@ def settings_of(pair: Pair, key_prefix: str) -> Settings:
         admin_port=0,
         jwt_secret=SECRET,
     )
-
-
-def echo_worker() -> Worker:
-    worker = Worker()
-
-    @worker.agent("echo")
-    async def echo(run: Run) -> str:
-        return run.request.content
-
-    return worker
 
 
 async def test_a_failover_is_followed_by_gateway_worker_and_bridge(

@@ -15,24 +15,12 @@ from relay.errors import ConfigurationError, RedisMisconfigured, RedisUnavailabl
 from relay.events import EventType
 from relay.run_model import AgentInfo
 from tests.conftest import OwnRedis
-from tests.integration.worker_support import Client, eventually, worker_settings
+from tests.integration.worker_support import Client, echo_worker, eventually, worker_settings
 
 
 @pytest.fixture
 def settings(redis_url: str, key_prefix: str) -> Settings:
     return worker_settings(redis_url, key_prefix)
-
-
-def echo_worker(*names: str) -> Worker:
-    worker = Worker()
-
-    async def echo(run: Run) -> str:
-        await run.delta(run.request.content)
-        return run.text
-
-    for name in names or ("echo",):
-        worker.agent(name)(echo)
-    return worker
 
 
 POISON: list[tuple[dict[str | bytes, str | bytes], bytes, str]] = [

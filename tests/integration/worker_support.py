@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from agent_worker import Run, Worker
 from relay.codec import splice
 from relay.config import Settings, load_settings
 from relay.events import EventType
@@ -42,6 +43,19 @@ async def eventually(
             return value
         assert time.monotonic() < end_s, "it did not happen in time"
         await asyncio.sleep(0.005)
+
+
+def echo_worker(*names: str) -> Worker:
+    """Give a worker whose agents say what they are asked; ``echo`` where none is named."""
+    worker = Worker()
+
+    async def echo(run: Run) -> str:
+        await run.delta(run.request.content)
+        return run.text
+
+    for name in names or ("echo",):
+        worker.agent(name)(echo)
+    return worker
 
 
 class Client:
